@@ -1,0 +1,275 @@
+"""The one settings tree: TOML file plus environment secrets, read once, frozen, handed down.
+
+Must not: be read at import time, be looked up from a global, or hold a default that hides a missing secret.
+Every name carries its unit. Errors name the key and the fix.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+SHIPPED = Path(__file__).with_name("tollgate.toml")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}")
+
+
+class ConfigError(Exception):
+    """The configuration is not usable."""
+
+
+class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A TOML table: unknown keys are errors, so that a misspelt bound is never silently the default."""
+
+
+class Server(_Table, frozen=True):
+    host: str = "127.0.0.1"
+    port: int = 8080
+    workers: int = 1
+    metrics_listen: str = "127.0.0.1:9464"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class Bounds(_Table, frozen=True):
+    """Every limit of the data plane (contract 5). Bytes, milliseconds, counts."""
+
+    body_bytes_max: int = 32 * 1024 * 1024
+    depth_max: int = 128
+    frame_bytes_max: int = 1024 * 1024
+    answer_bytes_max: int = 64 * 1024 * 1024
+    messages_max: int = 100_000
+    connect_ms: int = 5_000
+    headers_ms: int = 300_000
+    headers_nonstream_ms: int = 600_000
+    first_content_ms: int = 120_000
+    first_content_hidden_ms: int = 600_000
+    idle_ms: int = 120_000
+    total_ms: int = 3_600_000
+    client_write_ms: int = 60_000
+    client_header_ms: int = 15_000
+    client_body_ms: int = 60_000
+    drain_s: int = 600
+    live_sessions_max: int = 10_000
+    commit_after_ms: int = 10_000
+    keepalive_ms: int = 15_000
+    settle_reply_ms: int = 250
+    max_output_tokens_default: int = 16_384
+    prompt_inline_bytes: int = 8 * 1024
+
+
+class Metering(_Table, frozen=True):
+    """Holds and leases (contract 3, metering 1.3)."""
+
+    slice_tokens: int = 512
+    slice_low_tokens: int = 256
+    progress_ms: int = 1_000
+    lease_ms: int = 15_000
+    fence_margin_ms: int = 2_000
+    output_floor_tokens: int = 16
+    sweep_every_ms: int = 1_000
+    flush_every_ms: int = 200
+    flush_batch_max: int = 2_000
+    outbox_age_s_max: int = 7_200
+    outbox_memory_percent_max: int = 25
+
+
+class Billing(_Table, frozen=True):
+    credits_per_usd: str = "1"
+    markup: str = "1"
+
+
+class Redis(_Table, frozen=True):
+    replicas: int = 0
+    allow_old_server: bool = False
+    call_ms: int = 2_000
+    connect_ms: int = 2_000
+    pending_max: int = 50_000
+
+
+class Embedded(_Table, frozen=True):
+    """What `serve` starts beside itself. `simulate` names the provider that the simulated provider stands in for."""
+
+    simulate: str | None = None
+
+
+class Provider(_Table, frozen=True):
+    """One upstream. `kind` picks the codec and the price list; profile switches describe what really differs."""
+
+    kind: Literal["openai"]
+    base_url: str
+    api_key_env: str | None = None
+    insecure: bool = False
+    include_usage: bool = True
+    clean_eof: bool = False
+    on_disconnect: Literal["cancel", "finish"] = "cancel"
+    price_provider: str | None = None
+
+
+class Candidate(_Table, frozen=True):
+    provider: str
+    model: str
+
+
+class Route(_Table, frozen=True):
+    candidates: tuple[Candidate, ...]
+    rename_model: bool = False
+    hidden_reasoning: bool = False
+    max_output_tokens: int | None = None
+
+
+class Price(_Table, frozen=True):
+    """Credits per million tokens as decimal strings; `image`, `second`, `character`, `request` are per unit."""
+
+    input: str
+    output: str
+    cached_input: str | None = None
+    cache_write: str | None = None
+    reasoning: str | None = None
+    audio_input: str | None = None
+    audio_output: str | None = None
+    image: str | None = None
+    second: str | None = None
+    character: str | None = None
+    request: str | None = None
+
+
+class Settings(_Table, frozen=True):
+    """The whole tree. `secrets` come from the environment only and never print."""
+
+    server: Server = Server()
+    bounds: Bounds = Bounds()
+    metering: Metering = Metering()
+    billing: Billing = Billing()
+    redis: Redis = Redis()
+    embedded: Embedded = Embedded()
+    providers: dict[str, Provider] = {}
+    routes: dict[str, Route] = {}
+    prices: dict[str, Price] = {}
+    costs: dict[str, Price] = {}
+
+
+def find(environ: Mapping[str, str]) -> Path:
+    """The configuration file in force: TOLLGATE_CONFIG, else ./tollgate.toml, else the shipped default."""
+    named = environ.get("TOLLGATE_CONFIG")
+    if named:
+        return Path(named)
+    local = Path("tollgate.toml")
+    return local if local.exists() else SHIPPED
+
+
+def load(path: Path) -> Settings:
+    """Read and check one file. Raises ConfigError with the key and the fix."""
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}. Set TOLLGATE_CONFIG to a readable file.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    try:
+        settings = msgspec.convert(raw, Settings)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path}: {_readable(str(error))}") from None
+    _check(settings, path)
+    return settings
+
+
+def _readable(message: str) -> str:
+    """`Expected `int`, got `str` - at `$.server.port`` -> `server.port: expected int, got str`."""
+    text, _, place = message.partition(" - at `$")
+    key = place.strip("`.") or "the file"
+    if "unknown field" in text:
+        return f"{key}: {text[0].lower()}{text[1:]}. Remove it or correct its spelling."
+    return f"{key}: {text[0].lower()}{text[1:]}."
+
+
+def _check(settings: Settings, path: Path) -> None:
+    for table, least in ((settings.server, 0), (settings.bounds, 1), (settings.metering, 1)):
+        for name in table.__struct_fields__:
+            value = getattr(table, name)
+            if isinstance(value, int) and value < least:
+                raise ConfigError(f"{path}: {type(table).__name__.lower()}.{name}: {value} is below {least}.")
+    if settings.metering.fence_margin_ms >= settings.metering.lease_ms:
+        raise ConfigError(f"{path}: metering.fence_margin_ms must be smaller than metering.lease_ms.")
+    for name, route in settings.routes.items():
+        if not _NAME.fullmatch(name):
+            raise ConfigError(f"{path}: routes.{name}: a route's name is 1-128 of letters, digits and ._:/@+-")
+        if not route.candidates:
+            raise ConfigError(f"{path}: routes.{name}.candidates: name at least one {{ provider, model }}.")
+        for candidate in route.candidates:
+            if candidate.provider not in settings.providers:
+                raise ConfigError(
+                    f"{path}: routes.{name}.candidates: provider '{candidate.provider}' has no "
+                    f"[providers.{candidate.provider}] table. Add it or correct the name."
+                )
+    simulate = settings.embedded.simulate
+    if simulate is not None and simulate not in settings.providers:
+        raise ConfigError(f"{path}: embedded.simulate: provider '{simulate}' has no [providers.{simulate}] table.")
+    for name, provider in settings.providers.items():
+        _check_provider(name, provider, path)
+
+
+def _check_provider(name: str, provider: Provider, path: Path) -> None:
+    scheme, _, rest = provider.base_url.partition("://")
+    host = re.split(r"[/:]", rest.removeprefix("["), maxsplit=1)[0] if not rest.startswith("[") else rest[1:].split("]")[0]
+    if scheme not in ("http", "https") or not host:
+        raise ConfigError(f"{path}: providers.{name}.base_url: '{provider.base_url}' is not an http(s) URL.")
+    loopback = host in ("localhost", "::1") or host.startswith("127.")
+    if scheme == "http" and not loopback and not provider.insecure:
+        raise ConfigError(
+            f"{path}: providers.{name}.base_url: plain http to {host}. Use https, or set insecure = true to accept it."
+        )
+
+
+class Secrets(msgspec.Struct, frozen=True):
+    """What only the environment may hold. Never logged; `repr` shows names alone."""
+
+    redis_url: str | None
+    database_url: str | None
+    secret: str | None
+    provider_keys: dict[str, str]
+
+    def __repr__(self) -> str:
+        return f"Secrets(provider_keys={sorted(self.provider_keys)})"
+
+
+def read_secrets(settings: Settings, environ: Mapping[str, str]) -> Secrets:
+    """Collect the secrets. Raises ConfigError when external stores are set without TOLLGATE_SECRET,
+    or when a provider names a variable that is not set (MOCK_API_KEY excepted: the simulated provider takes any key)."""
+    keys: dict[str, str] = {}
+    for name, provider in settings.providers.items():
+        if provider.api_key_env is None:
+            continue
+        value = environ.get(provider.api_key_env)
+        if value:
+            keys[name] = value
+        elif name != settings.embedded.simulate:
+            raise ConfigError(
+                f"providers.{name}.api_key_env: the environment has no {provider.api_key_env}. "
+                "Set it, or remove the provider."
+            )
+    redis_url, database_url = environ.get("REDIS_URL") or None, environ.get("DATABASE_URL") or None
+    secret = environ.get("TOLLGATE_SECRET") or None
+    if (redis_url or database_url) and secret is None:
+        raise ConfigError(
+            "TOLLGATE_SECRET is not set. With REDIS_URL or DATABASE_URL every gateway needs the same secret: "
+            "set it to 32 or more random characters."
+        )
+    if secret is not None and len(secret) < 16:
+        raise ConfigError("TOLLGATE_SECRET is too short: use 32 or more random characters.")
+    return Secrets(redis_url=redis_url, database_url=database_url, secret=secret, provider_keys=keys)
+
+
+def data_dir(environ: Mapping[str, str]) -> Path:
+    """Where the embedded stores keep their data. Root gets a folder that an unprivileged user may enter."""
+    named = environ.get("TOLLGATE_DATA_DIR")
+    if named:
+        return Path(named).absolute()
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        return Path("/var/lib/tollgate")
+    base = environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+    return Path(base) / "tollgate"

@@ -1,0 +1,137 @@
+"""The ledger's words: what a caller asks of Redis and the typed answers. Amounts are integer micros.
+
+Must not: talk to Redis (that is `redis_ledger`) or know HTTP. Semantics: docs of each script in `lua/`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+MICROS_MAX = 2**53 - 1
+"""Largest amount that Lua's doubles and Redis hold exactly."""
+
+
+@dataclass(frozen=True, slots=True)
+class AccountRef:
+    """Who pays: minted id (``[A-Za-z0-9_-]{1,64}``) and its fixed virtual shard (0..127)."""
+
+    id: str
+    shard: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeyLimits:
+    """A key's limits as reserve enforces them; None means none."""
+
+    requests_per_minute: int | None = None
+    parallel_sessions: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HoldRequest:
+    """One reserve. `want` is held when credit allows, less is accepted down to `minimum`.
+
+    `prompt_cost` is stored with the session; `metadata` (JSON bytes, at most 4 KiB) describes it for a sweep.
+    """
+
+    session: str
+    account: AccountRef
+    key: str
+    want: int
+    minimum: int
+    prompt_cost: int
+    body_hash: str
+    owner: str
+    price_version: str
+    metadata: bytes
+    limits: KeyLimits = KeyLimits()
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRef:
+    """A held session as its owner names it; `fence` is what reserve answered."""
+
+    session: str
+    account: AccountRef
+    key: str
+    fence: int
+
+
+RefusalReason = Literal[
+    "balance", "in_flight", "requests", "parallel", "debt", "blocked", "conflict", "tombstone", "finished", "bounds"
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Reserve succeeded (or had succeeded before, with the same arguments)."""
+
+    held: int
+    available: int
+    fence: int
+    lease_ms: int
+    repeated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Reserve stored nothing. `available` and `held` are the account's; `retry_after_ms` 0 when waiting is useless."""
+
+    reason: RefusalReason
+    available: int
+    held: int
+    retry_after_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Progressed:
+    """The checkpoint counts, the lease is renewed; `held` is the hold now (it may be less than wanted)."""
+
+    held: int
+    available: int
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """The session is no longer the caller's: swept, settled or unknown. Nothing may be written to the client."""
+
+    state: Literal["final", "fenced", "unknown"]
+    charged: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """The terminal entry. Repeating the call answers the same `charged` with `repeated`."""
+
+    charged: int
+    absorbed: int
+    available: int
+    entry: int
+    repeated: bool = False
+
+
+Outcome = Literal["completed", "aborted", "cut", "error", "void", "swept"]
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """An account as admission sees it."""
+
+    available: int
+    held: int
+    debt: int
+    charged: int
+    sessions: int
+
+
+class LedgerError(Exception):
+    """The ledger could not answer."""
+
+
+class LedgerUnavailable(LedgerError):
+    """Redis is unreachable, too slow, out of memory, or frozen. The outcome of the call is unknown."""
+
+
+class LedgerFrozen(LedgerUnavailable):
+    """The shard's epoch is missing or not ours: admission state was lost and must be rebuilt first."""

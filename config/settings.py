@@ -122,6 +122,19 @@ class Route(_Table, frozen=True):
     max_output_tokens: int | None = None
 
 
+class PriceTier(_Table, frozen=True):
+    """Prices of every token of a request whose prompt has more than `above` tokens; defaults as in `Price`."""
+
+    above: int
+    input: str
+    output: str
+    cached_input: str | None = None
+    cache_write: str | None = None
+    reasoning: str | None = None
+    audio_input: str | None = None
+    audio_output: str | None = None
+
+
 class Price(_Table, frozen=True):
     """Credits per million tokens as decimal strings; `image`, `second`, `character`, `request` are per unit."""
 
@@ -136,6 +149,7 @@ class Price(_Table, frozen=True):
     second: str | None = None
     character: str | None = None
     request: str | None = None
+    tiers: tuple[PriceTier, ...] = ()
 
 
 class Settings(_Table, frozen=True):
@@ -167,7 +181,9 @@ def load(path: Path) -> Settings:
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}. Set TOLLGATE_CONFIG to a readable file.") from None
+        raise ConfigError(
+            f"{path}: cannot be read: {error.strerror}. Set TOLLGATE_CONFIG to a readable file."
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     try:
@@ -215,7 +231,9 @@ def _check(settings: Settings, path: Path) -> None:
 
 def _check_provider(name: str, provider: Provider, path: Path) -> None:
     scheme, _, rest = provider.base_url.partition("://")
-    host = re.split(r"[/:]", rest.removeprefix("["), maxsplit=1)[0] if not rest.startswith("[") else rest[1:].split("]")[0]
+    host = (
+        re.split(r"[/:]", rest.removeprefix("["), maxsplit=1)[0] if not rest.startswith("[") else rest[1:].split("]")[0]
+    )
     if scheme not in ("http", "https") or not host:
         raise ConfigError(f"{path}: providers.{name}.base_url: '{provider.base_url}' is not an http(s) URL.")
     loopback = host in ("localhost", "::1") or host.startswith("127.")
@@ -239,7 +257,7 @@ class Secrets(msgspec.Struct, frozen=True):
 
 def read_secrets(settings: Settings, environ: Mapping[str, str]) -> Secrets:
     """Collect the secrets. Raises ConfigError when external stores are set without TOLLGATE_SECRET,
-    or when a provider names a variable that is not set (MOCK_API_KEY excepted: the simulated provider takes any key)."""
+    or when a provider names a variable that is not set (the simulated provider excepted)."""
     keys: dict[str, str] = {}
     for name, provider in settings.providers.items():
         if provider.api_key_env is None:

@@ -16,8 +16,8 @@ class Channel(IntEnum):
     CONTENT = 0
     REFUSAL = 1
     REASONING = 2
-    TOOL_ARGUMENTS = 3
-    TOOL_NAME = 4
+    TOOL_NAME = 3
+    TOOL_ARGUMENTS = 4
 
 
 @dataclass(slots=True)

@@ -16,17 +16,19 @@ class SseSplitter:
     Comments and `id:`/`retry:` lines are dropped, frames without data too. `event` is b"" when absent.
     """
 
-    __slots__ = ("_frame_bytes_max", "_held_cr", "_started", "_tail")
+    __slots__ = ("_frame_bytes_max", "_skip_lf", "_started", "_tail")
 
     def __init__(self, frame_bytes_max: int) -> None:
         self._tail = b""
-        self._held_cr = False
+        self._skip_lf = False
         self._started = False
         self._frame_bytes_max = frame_bytes_max
 
     def feed(self, data: bytes) -> list[tuple[bytes, bytes]]:
         """Frames completed by `data`. Raises FrameTooLarge; the splitter is unusable afterwards."""
-        if self._held_cr or b"\r" in data:
+        if not data:
+            return []
+        if self._skip_lf or b"\r" in data:
             data = self._normalise(data)
         if not self._started:
             data = self._skip_bom(data)
@@ -62,12 +64,10 @@ class SseSplitter:
         return whole.removeprefix(b"\xef\xbb\xbf")
 
     def _normalise(self, data: bytes) -> bytes:
-        """CR LF and CR become LF. A CR at the end waits: the next read may start with its LF."""
-        if self._held_cr:
-            data = b"\r" + data
-        self._held_cr = data.endswith(b"\r")
-        if self._held_cr:
-            data = data[:-1]
+        """CR LF and CR become LF. A CR at the end counts at once; the LF that may follow it is then skipped."""
+        if self._skip_lf and data.startswith(b"\n"):
+            data = data[1:]
+        self._skip_lf = data.endswith(b"\r")
         return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
     def _parse(self, block: bytes) -> tuple[bytes, bytes] | None:

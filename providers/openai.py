@@ -1,0 +1,232 @@
+"""OpenAI's chat completions wire, as OpenAI and the many servers that copy it really send it.
+
+Must not: do I/O, count tokens or hold money. Payloads pass byte for byte; only what breaks clients is rewritten
+(a missing role or tool index, usage outside the last chunk, a model name when the route asks for it).
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from providers.codec import Answer, ChatCall, Upstream, UpstreamRequest
+from providers.events import Chunk, Completed, Delta, Event, Failed, ProviderFailure, UsageSeen
+from providers.json_root import NotAnObject, RootObject
+from providers.openai_errors import failure_from_frame, failure_from_status
+from providers.openai_repair import finish_payload, repaired, usage_payload
+from providers.openai_wire import (
+    WireChoice,
+    WireChunk,
+    decode_any,
+    decode_chunk,
+    deltas_of,
+    lenient_chunk,
+    lenient_delta,
+    usage_of,
+)
+from providers.sse import FrameTooLarge, SseSplitter
+
+_IGNORED_EVENTS = frozenset((b"ping", b"keepalive", b"heartbeat"))
+
+
+class OpenAICodec:
+    """One attempt's wire. See `providers.codec.Codec` for the methods' contract."""
+
+    def __init__(self, upstream: Upstream, call: ChatCall) -> None:
+        self._upstream = upstream
+        self._call = call
+        self._splitter = SseSplitter(call.frame_bytes_max)
+        self._begun: set[int] = set()
+        self._finished: set[int] = set()
+        self._first: bytes | None = None
+        self._over = False
+
+    def request(self, call: ChatCall, request_id: str) -> UpstreamRequest:
+        """POST to `<base>/chat/completions` with our key and nothing of the client's headers."""
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"accept", b"text/event-stream" if call.stream else b"application/json"),
+            (b"accept-encoding", b"identity"),
+            (b"user-agent", b"tollgate"),
+            (b"x-request-id", request_id.encode()),
+        ]
+        if self._upstream.key is not None:
+            headers.append((b"authorization", b"Bearer " + self._upstream.key.encode()))
+        return UpstreamRequest(b"POST", self._upstream.target + b"/chat/completions", headers, call.body)
+
+    def feed(self, data: bytes) -> list[Event]:
+        """Events completed by `data`; after `Failed` or `Completed` there are no more."""
+        events: list[Event] = []
+        if self._over:
+            return events
+        try:
+            frames = self._splitter.feed(data)
+        except FrameTooLarge:
+            self._fail(events, _garbage("The provider sent a frame above the size limit."))
+            return events
+        for name, payload in frames:
+            if self._over:
+                break
+            self._frame(name, payload, events)
+        return events
+
+    def end_of_stream(self) -> list[Event]:
+        """The body ended by itself. Complete when every choice finished, or the profile ends so."""
+        events: list[Event] = []
+        if self._over:
+            return events
+        try:
+            for name, payload in self._splitter.end():
+                self._frame(name, payload, events)
+        except FrameTooLarge:
+            self._fail(events, _garbage("The provider sent a frame above the size limit."))
+        if not self._over:
+            whole = len(self._finished) >= self._call.choices
+            if self._begun and (whole or self._upstream.clean_eof):
+                self._complete(events)
+            else:
+                self._fail(events, _truncated("The provider's stream ended before it was complete."))
+        return events
+
+    def _frame(self, name: bytes, payload: bytes, events: list[Event]) -> None:
+        if payload == b"[DONE]" or payload.strip() == b"[DONE]":
+            if self._begun:
+                self._complete(events)
+            else:
+                self._fail(events, _truncated("The provider answered with an empty stream."))
+            return
+        if name in _IGNORED_EVENTS:
+            return
+        try:
+            chunk = self._read(payload)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            self._fail(events, _garbage("The provider sent a frame that is not JSON."))
+            return
+        if name == b"error" or chunk is None or chunk.error is not None:
+            self._fail(events, failure_from_frame(payload))
+        elif chunk.choices:
+            self._chunk(payload, chunk, events)
+        else:
+            self._without_choices(payload, chunk, events)
+
+    def _read(self, payload: bytes) -> WireChunk | None:
+        try:
+            return decode_chunk(payload)
+        except msgspec.ValidationError:
+            return lenient_chunk(payload)
+
+    def _chunk(self, payload: bytes, chunk: WireChunk, events: list[Event]) -> None:
+        choices = chunk.choices or []
+        deltas: list[Delta] = []
+        finished: list[int] = []
+        repair = False
+        for choice in choices:
+            if choice.finish_reason == "error":
+                self._fail(events, failure_from_frame(payload))
+                return
+            repair = self._choice(choice, deltas, finished) or repair
+        self._usage(chunk, events)
+        if self._first is None:
+            self._first = payload
+        if repair or chunk.usage is not None or self._call.rename_to is not None:
+            payload = repaired(payload, self._call.rename_to, choices=repair, null_usage=self._call.usage_wanted)
+        events.append(Chunk(payload, deltas, tuple(finished), content=bool(deltas or finished)))
+
+    def _choice(self, choice: WireChoice, deltas: list[Delta], finished: list[int]) -> bool:
+        """Collect one choice's text and end; returns whether the frame needs repair."""
+        repair = False
+        delta = choice.delta
+        if delta is not None:
+            deltas += deltas_of(choice.index, delta)
+            if choice.index not in self._begun:
+                repair = delta.role is None
+            if delta.tool_calls:
+                repair = repair or any(call.index is None for call in delta.tool_calls)
+        self._begun.add(choice.index)
+        if choice.finish_reason is not None and choice.index not in self._finished:
+            self._finished.add(choice.index)
+            finished.append(choice.index)
+        return repair
+
+    def _without_choices(self, payload: bytes, chunk: WireChunk, events: list[Event]) -> None:
+        """The usage chunk, Azure's filter results, a foreign object: only who asked for usage expects such frames."""
+        if self._usage(chunk, events):
+            return
+        if chunk.choices is not None and self._call.usage_wanted:
+            rename = self._call.rename_to
+            payload = payload if rename is None else repaired(payload, rename, choices=False, null_usage=True)
+            events.append(Chunk(payload))
+
+    def _usage(self, chunk: WireChunk, events: list[Event]) -> bool:
+        raw = chunk.usage
+        if raw is None and chunk.x_groq is not None:
+            inner = decode_any(chunk.x_groq)
+            if isinstance(inner, dict) and isinstance(inner.get("usage"), dict):
+                raw = msgspec.Raw(msgspec.json.encode(inner["usage"]))
+        usage = None if raw is None else usage_of(bytes(raw))
+        if usage is None:
+            return False
+        events.append(UsageSeen(usage))
+        return True
+
+    def _complete(self, events: list[Event]) -> None:
+        self._over = True
+        events.append(Completed(tuple(sorted(self._begun - self._finished))))
+
+    def _fail(self, events: list[Event], failure: ProviderFailure) -> None:
+        self._over = True
+        events.append(Failed(failure))
+
+    def failure(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> ProviderFailure:
+        """What a status other than 2xx means."""
+        return failure_from_status(status, headers, body)
+
+    def answer(self, body: bytes) -> Answer | ProviderFailure:
+        """Read a non-stream answer; an error object in a 200 is a failure."""
+        try:
+            root = RootObject(body)
+        except NotAnObject:
+            return _garbage("The provider's answer is not a JSON object.")
+        error = root.raw("error")
+        if error is not None and error != b"null":
+            return failure_from_frame(body)
+        choices = decode_any(root.raw("choices") or b"null")
+        if not isinstance(choices, list):
+            return _garbage("The provider's answer has no choices.")
+        raw_usage = root.raw("usage")
+        usage = usage_of(raw_usage) if raw_usage is not None else None
+        rename = self._call.rename_to
+        if rename is not None:
+            body = root.replaced({"model": msgspec.json.encode(rename)})
+        return Answer(body, usage, _texts(choices), len(choices))
+
+    def finish_chunk(self, choice: int, reason: str) -> bytes:
+        """The payload that ends `choice` on the provider's behalf."""
+        return finish_payload(self._first, choice, reason, self._call)
+
+    def usage_chunk(self, usage: bytes, extra: bytes) -> bytes:
+        """The final usage payload, in the shape of the stream's own chunks."""
+        return usage_payload(self._first, usage, extra, self._call)
+
+    @property
+    def open_choices(self) -> tuple[int, ...]:
+        """Choices that began and have not finished."""
+        return tuple(sorted(self._begun - self._finished))
+
+
+def _texts(choices: list[object]) -> list[tuple[int, int, int, str]]:
+    """(choice, channel, tool, text) of every text in a whole answer, for counting where usage is missing."""
+    found = []
+    for position, choice in enumerate(choices):
+        message = choice.get("message") if isinstance(choice, dict) else None
+        if isinstance(message, dict):
+            deltas = deltas_of(position, lenient_delta(message))
+            found += [(delta.choice, int(delta.channel), delta.tool, delta.text) for delta in deltas]
+    return found
+
+
+def _truncated(message: str) -> ProviderFailure:
+    return ProviderFailure("truncated", 502, message)
+
+
+def _garbage(message: str) -> ProviderFailure:
+    return ProviderFailure("garbage", 502, message)

@@ -1,0 +1,100 @@
+"""Reading OpenAI-shaped errors, from a status or from inside a stream.
+
+Must not: decide what to do about one (the relay and routing do).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from providers.events import FailureKind, ProviderFailure
+
+MESSAGE_CHARS_MAX = 2_000
+UNTOLD = "The provider reported an error."
+_decode = msgspec.json.Decoder().decode
+
+
+def failure_from_status(status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> ProviderFailure:
+    """A provider's answer with a status other than 2xx."""
+    failure = failure_from_body(body)
+    failure.status = status
+    failure.kind = _kind(status)
+    failure.retry_after_s = _retry_after_s(headers)
+    return failure
+
+
+def failure_from_frame(payload: bytes) -> ProviderFailure:
+    """An in-band error: `{"error": {...}}`, a bare error object, or a chunk whose finish_reason is "error"."""
+    failure = failure_from_body(payload)
+    status = _status_in(payload)
+    failure.status = status or 502
+    failure.kind = _kind(status) if status else "server"
+    return failure
+
+
+def failure_from_body(body: bytes) -> ProviderFailure:
+    """The four fields as far as the body has them; a body that is no JSON yields a plain message."""
+    fields = _error_object(body)
+    message = fields.get("message")
+    return ProviderFailure(
+        kind="server",
+        status=502,
+        message=message[:MESSAGE_CHARS_MAX] if isinstance(message, str) and message else UNTOLD,
+        type=_word(fields.get("type")),
+        code=_word(fields.get("code")),
+        param=_word(fields.get("param")),
+    )
+
+
+def _error_object(body: bytes) -> dict[str, Any]:
+    try:
+        value = _decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return {}
+    if not isinstance(value, dict):
+        return {}
+    error = value.get("error", value.get("detail"))
+    if isinstance(error, str):
+        return {"message": error}
+    return error if isinstance(error, dict) else value
+
+
+def _status_in(payload: bytes) -> int | None:
+    """The HTTP status some providers put into an in-band error (`code: 429`, `status_code: 503`)."""
+    fields = _error_object(payload)
+    for name in ("status_code", "status", "code"):
+        value = fields.get(name)
+        if isinstance(value, int) and not isinstance(value, bool) and 400 <= value <= 599:
+            return value
+    return None
+
+
+def _kind(status: int) -> FailureKind:
+    if status in (401, 403):
+        return "key_refused"
+    if status == 429:
+        return "rate_limited"
+    if status in (503, 529):
+        return "overloaded"
+    return "caller" if 400 <= status < 500 and status not in (402, 408) else "server"
+
+
+def _retry_after_s(headers: list[tuple[bytes, bytes]]) -> float | None:
+    for name, value in headers:
+        if name in (b"retry-after", b"retry-after-ms"):
+            try:
+                seconds = float(value)
+            except ValueError:
+                return None
+            seconds = seconds / 1000 if name.endswith(b"-ms") else seconds
+            return seconds if 0 <= seconds <= 86_400 else None
+    return None
+
+
+def _word(value: object) -> str | None:
+    """OpenRouter's codes are integers; clients expect text."""
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        return None
+    return str(value)[:200]

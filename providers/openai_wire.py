@@ -1,0 +1,186 @@
+"""Partial shapes of OpenAI's chat wire: only what is counted or decided on; everything else stays bytes.
+
+Must not: model the whole body (new fields arrive every few days) or change a payload. Odd types are tolerated: what
+does not fit the partial shape is read by the slow path with the same meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from providers.events import Channel, Delta, ReportedUsage
+
+
+class ToolFunction(msgspec.Struct, gc=False):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ToolCall(msgspec.Struct, gc=False):
+    index: int | None = None
+    function: ToolFunction | None = None
+
+
+class WireDelta(msgspec.Struct, gc=False):
+    role: str | None = None
+    content: str | None = None
+    refusal: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    function_call: ToolFunction | None = None
+
+
+class WireChoice(msgspec.Struct, gc=False):
+    index: int = 0
+    delta: WireDelta | None = None
+    finish_reason: str | None = None
+
+
+class WireChunk(msgspec.Struct, gc=False):
+    choices: list[WireChoice] | None = None
+    usage: msgspec.Raw | None = None
+    error: msgspec.Raw | None = None
+    x_groq: msgspec.Raw | None = None
+
+
+decode_chunk = msgspec.json.Decoder(WireChunk).decode
+decode_any = msgspec.json.Decoder().decode
+decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+encode = msgspec.json.encode
+
+
+def deltas_of(choice: int, delta: WireDelta) -> list[Delta]:
+    """The output text in one delta. `reasoning` and `reasoning_content` together are one text sent twice."""
+    found = []
+    if delta.content:
+        found.append(Delta(choice, Channel.CONTENT, 0, delta.content))
+    reasoning = delta.reasoning_content or delta.reasoning
+    if reasoning:
+        found.append(Delta(choice, Channel.REASONING, 0, reasoning))
+    if delta.refusal:
+        found.append(Delta(choice, Channel.REFUSAL, 0, delta.refusal))
+    if delta.tool_calls:
+        for position, call in enumerate(delta.tool_calls):
+            _tool(found, choice, position if call.index is None else call.index, call.function)
+    if delta.function_call is not None:
+        _tool(found, choice, 0, delta.function_call)
+    return found
+
+
+def _tool(found: list[Delta], choice: int, tool: int, function: ToolFunction | None) -> None:
+    if function is None:
+        return
+    if function.name:
+        found.append(Delta(choice, Channel.TOOL_NAME, tool, function.name))
+    if function.arguments:
+        found.append(Delta(choice, Channel.TOOL_ARGUMENTS, tool, function.arguments))
+
+
+def lenient_chunk(payload: bytes) -> WireChunk | None:
+    """Read a chunk whose types are odd (content as a list of parts, usage as text). None when it is not a JSON object.
+
+    Raises msgspec.DecodeError when it is not JSON.
+    """
+    raw = decode_any(payload)
+    if not isinstance(raw, dict):
+        return None
+    members = decode_members(payload)
+    choices = raw.get("choices")
+    return WireChunk(
+        choices=[_lenient_choice(each) for each in _dicts(choices)] if isinstance(choices, list) else None,
+        usage=None if raw.get("usage") is None else members["usage"],
+        error=None if raw.get("error") is None else members["error"],
+    )
+
+
+def _dicts(values: list[Any]) -> list[dict[str, Any]]:
+    return [value for value in values if isinstance(value, dict)]
+
+
+def _lenient_choice(raw: Mapping[str, Any]) -> WireChoice:
+    index, finish, delta = raw.get("index"), raw.get("finish_reason"), raw.get("delta", raw.get("message"))
+    return WireChoice(
+        index=index if isinstance(index, int) and not isinstance(index, bool) else 0,
+        delta=lenient_delta(delta) if isinstance(delta, dict) else None,
+        finish_reason=finish if isinstance(finish, str) else None,
+    )
+
+
+def lenient_delta(raw: Mapping[str, Any]) -> WireDelta:
+    """A delta or message of any shape as far as text can be found in it."""
+    calls = raw.get("tool_calls")
+    return WireDelta(
+        role=_text(raw.get("role")),
+        content=_text(raw.get("content")),
+        refusal=_text(raw.get("refusal")),
+        reasoning_content=_text(raw.get("reasoning_content")),
+        reasoning=_text(raw.get("reasoning")),
+        tool_calls=[_lenient_call(each) for each in _dicts(calls)] if isinstance(calls, list) else None,
+        function_call=_lenient_function(raw.get("function_call")),
+    )
+
+
+def _lenient_call(raw: Mapping[str, Any]) -> ToolCall:
+    index = raw.get("index")
+    return ToolCall(
+        index=index if isinstance(index, int) and not isinstance(index, bool) else None,
+        function=_lenient_function(raw.get("function")),
+    )
+
+
+def _lenient_function(raw: Any) -> ToolFunction | None:
+    if not isinstance(raw, dict):
+        return None
+    return ToolFunction(name=_text(raw.get("name")), arguments=_text(raw.get("arguments")))
+
+
+def _text(value: Any) -> str | None:
+    """Text as it stands, or the text of a list of parts (Mistral sends content so)."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        parts = [part.get("text") if isinstance(part, dict) else part for part in value]
+        return "".join(part for part in parts if isinstance(part, str)) or None
+    return None
+
+
+def usage_of(raw: bytes) -> ReportedUsage | None:
+    """Read a usage object; None when it is not an object or names no token count.
+
+    Counts that are not integers come back as -1, so that whoever prices them refuses the whole report.
+    """
+    value = decode_any(raw)
+    if not isinstance(value, dict):
+        return None
+    prompt, output = _count(value, "prompt_tokens"), _count(value, "completion_tokens")
+    if prompt is None and output is None:
+        return None
+    given, made = value.get("prompt_tokens_details"), value.get("completion_tokens_details")
+    given = given if isinstance(given, dict) else {}
+    made = made if isinstance(made, dict) else {}
+    cached = _count(given, "cached_tokens")
+    if cached is None:
+        cached = _count(value, "prompt_cache_hit_tokens")
+    return ReportedUsage(
+        prompt=prompt,
+        output=output,
+        cached=cached or 0,
+        cache_write=_count(given, "cache_write_tokens") or 0,
+        reasoning=_count(made, "reasoning_tokens") or 0,
+        audio_input=_count(given, "audio_tokens") or 0,
+        audio_output=_count(made, "audio_tokens") or 0,
+        raw=bytes(raw),
+    )
+
+
+def _count(value: Mapping[str, Any], name: str) -> int | None:
+    count = value.get(name)
+    if count is None:
+        return None
+    if isinstance(count, float) and count.is_integer() and abs(count) < 2**53:
+        return int(count)
+    return count if isinstance(count, int) and not isinstance(count, bool) else -1

@@ -1,0 +1,254 @@
+"""From a checked request to a held session: route, prompt estimate, size of the hold, one reserve, or a named refusal.
+
+Must not: read the body's bytes itself, answer the client, or call a provider.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import msgspec
+
+from config.settings import Bounds, Metering
+from metering.ledger import (
+    MICROS_MAX,
+    AccountRef,
+    Held,
+    HoldRequest,
+    KeyLimits,
+    LedgerError,
+    LedgerUnavailable,
+    Refused,
+    SessionRef,
+)
+from metering.pricing import output_tokens_covered
+from metering.prompt import PromptEstimate, estimate_prompt
+from metering.ranks import encoding
+from metering.redis_ledger import RedisLedger
+from proxy import telemetry
+from proxy.candidates import Route
+from proxy.errors import (
+    AccountBlocked,
+    CallError,
+    CreditInFlight,
+    InternalError,
+    InvalidValue,
+    LedgerDown,
+    ModelNotFound,
+    ModelUnpriced,
+    OutOfCredit,
+    ParallelSessionsExceeded,
+    RequestRateExceeded,
+)
+from proxy.ids import session_id
+from proxy.live_session import LiveSession
+from proxy.live_sessions import LiveSessions, boot_ms
+from proxy.request import ChatRequest
+from proxy.upstream import PreparedCall
+
+RESERVE_TRIES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who is calling, as admission needs it."""
+
+    account: AccountRef
+    key_id: str
+    limits: KeyLimits
+
+
+@dataclass(frozen=True, slots=True)
+class _Size:
+    """A hold's size in micros: asked for, least accepted, and the most it may grow to."""
+
+    want: int
+    minimum: int
+    most: int
+
+
+class Admission:
+    """Admits calls of this worker."""
+
+    def __init__(
+        self,
+        ledger: RedisLedger,
+        live: LiveSessions,
+        routes: Mapping[str, Route],
+        price_version: str,
+        owner: str,
+        limits: tuple[Metering, Bounds],
+    ) -> None:
+        self._ledger = ledger
+        self._live = live
+        self._routes = routes
+        self._price_version = price_version
+        self._owner = owner
+        self._metering, self._bounds = limits
+
+    def route(self, model: str) -> Route:
+        """The route of a model name. Raises ModelNotFound or ModelUnpriced."""
+        route = self._routes.get(model)
+        if route is None:
+            shown = model if len(model) <= 128 and model.isprintable() else "that you named"
+            raise ModelNotFound(f"The model `{shown}` does not exist or you do not have access to it.")
+        if not route.candidates:
+            raise ModelUnpriced()
+        return route
+
+    async def admit(self, caller: Caller, request: ChatRequest, request_id: str) -> tuple[LiveSession, PreparedCall]:
+        """Hold credit for the request. Raises CallError; then nothing is held."""
+        self._live.admit()
+        route = self.route(request.model)
+        prompt = await self._prompt(route, request)
+        in_flight = request.stream and not route.hidden_reasoning
+        size = self._slice(route, request, prompt) if in_flight else self._worst_case(route, request, prompt)
+        if size.want > MICROS_MAX:
+            raise InvalidValue("The request could cost more than the gateway can hold.", param="max_tokens")
+        asked_ms = boot_ms()
+        hold = self._hold(caller, request, route, prompt, size, request_id)
+        held = await self._reserve(hold)
+        limit = None if in_flight else self._affordable(route, request, prompt, held.held, size)
+        session = self._session(hold, held, request, route, size, asked_ms, request_id)
+        session.limited = limit is not None
+        call = PreparedCall(request, route, prompt.tokens, prompt.kind, limit)
+        self._live.add(session)
+        return session, call
+
+    async def _prompt(self, route: Route, request: ChatRequest) -> PromptEstimate:
+        first = route.candidates[0]
+        encoder = encoding(first.encoding)
+
+        def estimate() -> PromptEstimate:
+            return estimate_prompt(
+                encoder, first.model, request.messages, tools=request.tools, functions=request.functions
+            )
+
+        # A long prompt would stall every other stream of this worker for the milliseconds it takes.
+        if len(request.root.body) > self._bounds.prompt_inline_bytes:
+            return await asyncio.to_thread(estimate)
+        return estimate()
+
+    def _slice(self, route: Route, request: ChatRequest, prompt: PromptEstimate) -> _Size:
+        """A stream holds its prompt and the first slice; more follows while it runs."""
+        slice_tokens = self._metering.slice_tokens
+        most = MICROS_MAX
+        if request.limit is not None:
+            slice_tokens = min(slice_tokens, request.limit * request.choices)
+            most = route.hold_cost(prompt.tokens, request.limit * request.choices)
+        return _Size(route.hold_cost(prompt.tokens, slice_tokens), route.hold_cost(prompt.tokens, 1), most)
+
+    def _worst_case(self, route: Route, request: ChatRequest, prompt: PromptEstimate) -> _Size:
+        """A call that cannot be metered in flight holds all it could cost."""
+        most = route.max_output_tokens if request.limit is None else min(request.limit, route.max_output_tokens)
+        least = min(most, self._metering.output_floor_tokens)
+        want = route.hold_cost(prompt.tokens, most * request.choices)
+        return _Size(want, route.hold_cost(prompt.tokens, least * request.choices), want)
+
+    def _affordable(
+        self, route: Route, request: ChatRequest, prompt: PromptEstimate, held: int, size: _Size
+    ) -> int | None:
+        """The output limit that a partial hold covers, per choice; None when the whole was held."""
+        if held >= size.want:
+            return None
+        covered = min(output_tokens_covered(each.price, held, prompt.tokens) for each in route.candidates)
+        return max(1, covered // request.choices)
+
+    def _hold(
+        self,
+        caller: Caller,
+        request: ChatRequest,
+        route: Route,
+        prompt: PromptEstimate,
+        size: _Size,
+        request_id: str,
+    ) -> HoldRequest:
+        metadata = {
+            "request_id": request_id,
+            "route": route.name,
+            "stream": request.stream,
+            "price_version": self._price_version,
+            "counted_prompt": prompt.tokens,
+        }
+        return HoldRequest(
+            session=session_id(),
+            account=caller.account,
+            key=caller.key_id,
+            want=size.want,
+            minimum=min(size.minimum, size.want),
+            prompt_cost=route.prompt_cost(prompt.tokens),
+            body_hash=request.body_hash(),
+            owner=self._owner,
+            price_version=self._price_version,
+            metadata=msgspec.json.encode(metadata),
+            limits=caller.limits,
+        )
+
+    async def _reserve(self, hold: HoldRequest) -> Held:
+        """Reserve, once more when the reply is lost; a reserve given up is voided so that a late one cannot leak."""
+        reply: Held | Refused | None = None
+        for _ in range(RESERVE_TRIES):
+            try:
+                reply = await self._ledger.reserve(hold)
+                break
+            except LedgerUnavailable:
+                continue
+            except LedgerError:
+                raise InternalError from None
+        if reply is None:
+            ref = SessionRef(hold.session, hold.account, hold.key, 1)
+            self._live.detach(self._give_up(ref))
+            raise LedgerDown(retry_after_ms=1_000)
+        if isinstance(reply, Refused):
+            telemetry.REFUSED.labels(_LIMITS.get(reply.reason, reply.reason)).inc()
+            raise _refusal(reply)
+        return reply
+
+    async def _give_up(self, ref: SessionRef) -> None:
+        try:
+            await self._ledger.void(ref)
+        except LedgerUnavailable:
+            telemetry.log.error("a reserve of unknown outcome could not be voided; its lease will", session=ref.session)
+
+    def _session(
+        self,
+        hold: HoldRequest,
+        held: Held,
+        request: ChatRequest,
+        route: Route,
+        size: _Size,
+        asked_ms: int,
+        request_id: str,
+    ) -> LiveSession:
+        return LiveSession(
+            ref=SessionRef(hold.session, hold.account, hold.key, held.fence),
+            request_id=request_id,
+            route=route.name,
+            stream=request.stream,
+            held=held.held,
+            hold_max=size.most,
+            slice_cost=route.hold_cost(0, self._metering.slice_tokens),
+            slice_low_cost=route.hold_cost(0, self._metering.slice_low_tokens),
+            fence_ms=asked_ms + held.lease_ms - self._metering.fence_margin_ms,
+        )
+
+
+_LIMITS = {"debt": "balance"}
+
+
+def _refusal(reply: Refused) -> CallError:
+    """The named error of a refusal; `metadata.limit` says which limit refused (contract 3)."""
+    limit = {"limit": _LIMITS.get(reply.reason, reply.reason)}
+    if reply.reason in ("balance", "debt"):
+        return OutOfCredit(metadata=limit)
+    if reply.reason == "in_flight":
+        return CreditInFlight(metadata=limit, retry_after_ms=1_000)
+    if reply.reason == "requests":
+        return RequestRateExceeded(metadata=limit, retry_after_ms=max(1, reply.retry_after_ms))
+    if reply.reason == "parallel":
+        return ParallelSessionsExceeded(metadata=limit, retry_after_ms=max(1_000, reply.retry_after_ms))
+    if reply.reason == "blocked":
+        return AccountBlocked()
+    return InternalError()

@@ -1,0 +1,120 @@
+"""One running session: its hold, meter, phase and handles. Plain state with the two moves that need care.
+
+Must not: await or speak to anyone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from config.price import CompiledPrice
+from metering.ledger import SessionRef
+from metering.meter import Meter
+from proxy.client_stream import ClientStream
+from proxy.session import Ending, Phase, move
+from proxy.transport import Exchange
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One try at one provider, as the journal and the client learn of it."""
+
+    provider: str
+    model: str
+    outcome: str = "running"
+    status: int | None = None
+    ms: int = 0
+    began: float = field(default_factory=time.monotonic)
+
+    def close(self, outcome: str, status: int | None = None) -> None:
+        """The attempt is over; the first outcome stays."""
+        if self.outcome == "running":
+            self.outcome = outcome
+            self.ms = int((time.monotonic() - self.began) * 1000)
+        if status is not None:
+            self.status = status
+
+    def record(self) -> dict[str, Any]:
+        """The form in the session's metadata."""
+        ms = self.ms if self.outcome != "running" else int((time.monotonic() - self.began) * 1000)
+        return {
+            "provider": self.provider,
+            "model": self.model,
+            "status": self.status,
+            "outcome": self.outcome,
+            "ms": ms,
+        }
+
+
+@dataclass(slots=True, eq=False)
+class LiveSession:
+    """Amounts in micros; `fence_ms` on the boot clock; other times monotonic seconds."""
+
+    ref: SessionRef
+    request_id: str
+    route: str
+    stream: bool
+    held: int
+    hold_max: int
+    slice_cost: int
+    slice_low_cost: int
+    fence_ms: int
+    task: asyncio.Task[Any] | None = None
+    phase: Phase = Phase.HELD
+    ending: Ending | None = None
+    error: Exception | None = None
+    meter: Meter | None = None
+    exchange: Exchange | None = None
+    client: ClientStream | None = None
+    checkpoint: asyncio.Task[Any] | None = None
+    checkpoint_at: float = field(default_factory=time.monotonic)
+    checkpoint_metered: int = 0
+    seq: int = 0
+    exhausted: bool = False
+    limited: bool = False
+    attempts: list[Attempt] = field(default_factory=list)
+    started_at: float = field(default_factory=time.monotonic)
+    reported_raw: bytes | None = None
+    price: CompiledPrice | None = None
+    content_due: float | None = None
+    abort_client: Callable[[], None] | None = None
+    first_content_at: float | None = None
+    highest_metered: int = 0
+
+    @property
+    def id(self) -> str:
+        """The session's id."""
+        return self.ref.session
+
+    def advance(self, phase: Phase) -> None:
+        """Move to `phase`. Raises IllegalMove."""
+        self.phase = move(self.phase, phase)
+
+    def metered_now(self) -> int:
+        """What the call has cost so far: nothing until the provider confirmed it with a 2xx; never falls."""
+        if self.meter is not None and self.phase >= Phase.ANSWERED:
+            self.highest_metered = max(self.highest_metered, self.meter.checkpoint())
+        return self.highest_metered
+
+    def end(self, ending: Ending, error: Exception | None = None) -> None:
+        """End the session from outside its own task; the first ending counts. Closes the upstream at once."""
+        if self.ending is not None or self.phase >= Phase.SETTLING:
+            return
+        self.ending = ending
+        self.error = error
+        if self.exchange is not None:
+            self.exchange.abort()
+        if ending is Ending.CLIENT_STALLED and self.task is not None:
+            if self.abort_client is not None:
+                self.abort_client()
+            self.task.cancel()  # it waits in a write that this client will never drain
+
+    def time_out(self, error: Exception) -> None:
+        """The attempt took too long; the session may go on with another."""
+        self.content_due = None
+        if self.exchange is not None:
+            self.exchange.abort(error)

@@ -1,0 +1,181 @@
+"""The sessions that run in this worker: their leases, checkpoints, deadlines and the tasks that outlive a request.
+
+One tick serves all sessions, so a stream costs no timer of its own. A session is held here from its hold to its
+settlement; detached tasks are tracked here and drained at shutdown.
+Must not: speak HTTP or decide who pays (`proxy.session` does).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+from config.settings import Bounds, Metering
+from metering.ledger import Gone, LedgerUnavailable, Progressed
+from metering.redis_ledger import RedisLedger
+from proxy import telemetry
+from proxy.errors import Draining, LeaseLost, Overloaded, UpstreamTimedOut
+from proxy.live_session import LiveSession
+from proxy.session import Ending, Phase
+
+TICK_S = 0.1
+_BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
+def boot_ms() -> int:
+    """Milliseconds of a clock that runs on while the machine is suspended (macOS lacks one: monotonic there)."""
+    return time.clock_gettime_ns(_BOOT_CLOCK) // 1_000_000
+
+
+class LiveSessions:
+    """The registry of one worker."""
+
+    def __init__(self, ledger: RedisLedger, metering: Metering, bounds: Bounds) -> None:
+        self._ledger = ledger
+        self._metering = metering
+        self._bounds = bounds
+        self._sessions: dict[str, LiveSession] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._ticker: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+        self.draining = False
+
+    def start(self) -> None:
+        """Begin to tick."""
+        self._ticker = asyncio.get_running_loop().create_task(self._run())
+
+    def admit(self) -> None:
+        """Raises Draining or Overloaded when no further session may begin."""
+        if self.draining:
+            raise Draining(retry_after_ms=1_000)
+        if len(self._sessions) >= self._bounds.live_sessions_max:
+            raise Overloaded(retry_after_ms=1_000)
+
+    def add(self, session: LiveSession) -> None:
+        """A session was held. Its first fence runs from the moment the hold was asked for."""
+        self._sessions[session.id] = session
+        telemetry.LIVE.inc()
+
+    def remove(self, session: LiveSession) -> None:
+        """A session is settled."""
+        if self._sessions.pop(session.id, None) is not None:
+            telemetry.LIVE.dec()
+            self._changed.set()
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def detach(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Run `work` to its end whatever becomes of the request that started it."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        self._changed.set()
+        if not task.cancelled() and task.exception() is not None:
+            telemetry.log.error("a detached task failed", exc_info=task.exception())
+
+    async def extend(self, session: LiveSession) -> None:
+        """Checkpoint and ask for one more slice of output; returns when the ledger has answered (or could not)."""
+        want = session.held + session.slice_cost
+        if session.checkpoint is not None:
+            await asyncio.wait({session.checkpoint})
+        if session.ending is None and session.held < want:
+            await asyncio.wait({self.checkpoint(session, want)})
+
+    def checkpoint(self, session: LiveSession, want_hold: int = 0) -> asyncio.Task[Any]:
+        """Tell the ledger what is metered so far and renew the lease; at most one at a time per session."""
+        if session.checkpoint is None:
+            session.checkpoint = self.detach(self._checkpoint(session, max(want_hold, session.held)))
+        return session.checkpoint
+
+    async def _checkpoint(self, session: LiveSession, want_hold: int) -> None:
+        session.seq += 1
+        sent_ms = boot_ms()
+        metered = session.metered_now()
+        session.checkpoint_at = time.monotonic()
+        session.checkpoint_metered = metered
+        try:
+            reply = await self._ledger.progress(session.ref, session.seq, metered, want_hold)
+        except LedgerUnavailable:
+            # The stream goes on inside its held slice until the fence; the next tick tries again.
+            return
+        finally:
+            session.checkpoint = None
+        if isinstance(reply, Progressed):
+            session.held = reply.held
+            session.exhausted = reply.held < want_hold
+            session.fence_ms = sent_ms + self._metering.lease_ms - self._metering.fence_margin_ms
+        elif isinstance(reply, Gone) and session.phase < Phase.SETTLING:
+            telemetry.LEASES_LOST.inc()
+            session.end(Ending.LEASE_LOST, LeaseLost())
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        due = loop.time()
+        while True:
+            due += TICK_S
+            await asyncio.sleep(max(0.0, due - loop.time()))
+            lag = loop.time() - due
+            telemetry.LOOP_LAG.set(max(0.0, lag))
+            if lag > TICK_S:
+                due = loop.time()
+            now, now_boot = time.monotonic(), boot_ms()
+            for session in list(self._sessions.values()):
+                self._tick(session, now, now_boot)
+
+    def _tick(self, session: LiveSession, now: float, now_boot: int) -> None:
+        if session.phase >= Phase.SETTLING or session.ending is not None:
+            return
+        if now_boot >= session.fence_ms:
+            telemetry.LEASES_LOST.inc()
+            session.end(Ending.LEASE_LOST, LeaseLost())
+            return
+        if session.content_due is not None and now >= session.content_due:
+            session.time_out(UpstreamTimedOut())
+            return
+        self._tick_client(session, now)
+        every = self._metering.progress_ms / 1000
+        idle_every = self._metering.lease_ms / 3000
+        since = now - session.checkpoint_at
+        if since >= idle_every or (since >= every and session.metered_now() != session.checkpoint_metered):
+            self.checkpoint(session)
+
+    def _tick_client(self, session: LiveSession, now: float) -> None:
+        client = session.client
+        if client is None or client.ended:
+            return
+        writing = client.writing_since
+        if writing is not None:
+            if now - writing >= self._bounds.client_write_ms / 1000:
+                session.end(Ending.CLIENT_STALLED)
+        elif not client.started:
+            if now - session.started_at >= self._bounds.commit_after_ms / 1000:
+                self.detach(client.commit())
+        elif now - client.last_write >= self._bounds.keepalive_ms / 1000:
+            self.detach(client.keepalive())
+
+    async def drain(self, seconds: float) -> None:
+        """Let running sessions end by themselves, then end the rest; returns when all is settled or given up."""
+        self.draining = True
+        await self._emptied(seconds, tasks_too=False)
+        for session in list(self._sessions.values()):
+            session.end(Ending.SHUTDOWN, Draining())
+        await self._emptied(self._metering.lease_ms / 1000, tasks_too=True)
+        if self._ticker is not None:
+            self._ticker.cancel()
+            await asyncio.wait({self._ticker})
+
+    async def _emptied(self, seconds: float, *, tasks_too: bool) -> None:
+        """Wait, at most so long, until no session (and no detached task) is left."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._sessions or (tasks_too and self._tasks):
+                    self._changed.clear()
+                    await self._changed.wait()

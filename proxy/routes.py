@@ -1,0 +1,206 @@
+"""The data plane's HTTP: who is calling, the body within its bounds, the models, and the hand-over to the relays.
+
+Handlers are bare ASGI functions; an error leaves as an exception that the edge (`gateway.errors`) renders.
+Must not: meter, or know a provider's wire.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from accounts.key_store import KeyStore, Principal
+from config.settings import Bounds
+from metering.ledger import AccountRef, KeyLimits
+from proxy import telemetry
+from proxy.admission import Admission, Caller
+from proxy.answer import credits_text, stream_headers
+from proxy.candidates import Route
+from proxy.client_stream import ClientStream
+from proxy.errors import BodyTooLarge, BodyTooSlow, CallError, ModelNotFound
+from proxy.ids import request_id
+from proxy.live_session import LiveSession
+from proxy.live_sessions import LiveSessions
+from proxy.relay import StreamRelay
+from proxy.request import read_chat
+from proxy.session import Ending
+from proxy.settlement import Bill
+from proxy.upstream import PreparedCall, SessionEnded
+from proxy.whole_relay import WholeRelay
+
+Scope = Mapping[str, Any]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+
+class ClientGone(Exception):
+    """The client left before its request had arrived; there is nobody to answer."""
+
+
+class DataPlane:
+    """The handlers under /v1. One per worker."""
+
+    def __init__(
+        self,
+        keys: KeyStore,
+        admission: Admission,
+        live: LiveSessions,
+        relays: tuple[StreamRelay, WholeRelay],
+        routes: Mapping[str, Route],
+        bounds: Bounds,
+    ) -> None:
+        self._keys = keys
+        self._admission = admission
+        self._live = live
+        self._stream_relay, self._whole_relay = relays
+        self._bounds = bounds
+        self._started = int(time.time())
+        self._models = {name: self._model(name, route) for name, route in routes.items()}
+
+    async def chat_completions(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """POST /v1/chat/completions. Raises CallError and the key errors while no response has begun."""
+        began = time.monotonic()
+        state = scope["state"]
+        request_key = state["request_id"] = request_id()
+        principal = await self._principal(scope)
+        state["key"], state["account"] = principal.key_id, principal.account_id
+        request = read_chat(await self._body(scope, receive), self._bounds)
+        state["route"] = request.model if request.model in self._models else None
+        caller = Caller(
+            AccountRef(principal.account_id, principal.shard),
+            principal.key_id,
+            KeyLimits(principal.requests_per_minute, principal.parallel_sessions),
+        )
+        session, call = await self._admission.admit(caller, request, request_key)
+        session.started_at = began
+        state["session"] = session.id
+        session.task = asyncio.current_task()
+        session.abort_client = scope.get("extensions", {}).get("tollgate.abort")
+        watch = asyncio.get_running_loop().create_task(self._watch(session, receive, call))
+        try:
+            if request.stream:
+                bill = await self._stream(session, call, send)
+            else:
+                bill = await self._whole(session, call, send)
+        except SessionEnded:
+            _log(state, session, None, began)
+            return
+        except CallError as error:
+            error.session = session.id
+            raise
+        finally:
+            watch.cancel()
+        _log(state, session, bill, began)
+
+    async def models(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """GET /v1/models."""
+        scope["state"]["request_id"] = request_id()
+        await self._principal(scope)
+        await _json(scope, send, {"object": "list", "data": list(self._models.values())})
+
+    async def model(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """GET /v1/models/{id}; ids may contain slashes."""
+        scope["state"]["request_id"] = request_id()
+        await self._principal(scope)
+        name = str(scope["path"]).partition("/v1/models/")[2]
+        found = self._models.get(name)
+        if found is None:
+            raise ModelNotFound()
+        await _json(scope, send, found)
+
+    async def _principal(self, scope: Scope) -> Principal:
+        header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        return self._keys.peek(header) or await self._keys.authenticate(header)
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        """The request body. Raises BodyTooLarge, at the announced length or at the bound, BodyTooSlow, ClientGone."""
+        bytes_max = self._bounds.body_bytes_max
+        announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        if announced.isdigit() and int(announced) > bytes_max:
+            raise BodyTooLarge(f"The request body is larger than {bytes_max} bytes.")
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(self._bounds.client_body_ms / 1000):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGone
+                    part = message.get("body", b"")
+                    size += len(part)
+                    if size > bytes_max:
+                        raise BodyTooLarge(f"The request body is larger than {bytes_max} bytes.")
+                    parts.append(part)
+                    if not message.get("more_body"):
+                        return parts[0] if len(parts) == 1 else b"".join(parts)
+        except TimeoutError:
+            raise BodyTooSlow() from None
+
+    async def _watch(self, session: LiveSession, receive: Receive, call: PreparedCall) -> None:
+        """End the session when the client leaves, wherever it is."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        if not session.stream and any(each.finish_on_disconnect for each in call.route.candidates):
+            return
+        session.end(Ending.CLIENT_GONE)
+
+    async def _stream(self, session: LiveSession, call: PreparedCall, send: Send) -> Bill:
+        client = ClientStream(send, lambda: stream_headers(session))
+        return await self._stream_relay.run(session, call, client)
+
+    async def _whole(self, session: LiveSession, call: PreparedCall, send: Send) -> Bill:
+        answer = await self._whole_relay.run(session, call)
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(answer.body)),
+            (b"x-request-id", session.request_id.encode()),
+            *answer.headers,
+        ]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": answer.body})
+        return answer.bill
+
+    def _model(self, name: str, route: Route) -> dict[str, Any]:
+        owner = route.candidates[0].upstream.name
+        return {"id": name, "object": "model", "created": self._started, "owned_by": owner}
+
+
+async def _json(scope: Scope, send: Send, content: Any) -> None:
+    body = msgspec.json.encode(content)
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(body)),
+        (b"x-request-id", scope["state"]["request_id"].encode()),
+    ]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+    telemetry.REQUESTS.labels(200, "").inc()
+
+
+def _log(state: Mapping[str, Any], session: LiveSession, bill: Bill | None, began: float) -> None:
+    """The request's one log line."""
+    telemetry.REQUESTS.labels(200 if bill is not None else 499, "").inc()
+    first = session.first_content_at
+    if first is not None:
+        telemetry.FIRST_CONTENT.labels(session.route).observe(first - began)
+    last = session.attempts[-1] if session.attempts else None
+    telemetry.log.info(
+        "chat",
+        request_id=session.request_id,
+        session=session.id,
+        account=state["account"],
+        key=state["key"],
+        route=session.route,
+        stream=session.stream,
+        provider=last.provider if last else None,
+        attempts=len(session.attempts),
+        ending=session.ending.value if session.ending else "completed",
+        prompt=bill.usage.prompt if bill else None,
+        output=bill.usage.output if bill else None,
+        charge=credits_text(bill.micros) if bill else None,
+        first_content_ms=None if first is None else int((first - began) * 1000),
+        duration_ms=int((time.monotonic() - began) * 1000),
+    )

@@ -1,0 +1,169 @@
+"""A session's one settlement: the amount by the table of `proxy.session`, its metadata, and the reply for the client.
+
+Must not: run inside a request's own task (a disconnect cancels that); `LiveSessions.detach` runs it to its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from metering.ledger import Gone, LedgerUnavailable, Outcome, Settled
+from metering.pricing import TokenUsage, cost
+from metering.redis_ledger import RedisLedger
+from proxy import telemetry
+from proxy.candidates import Candidate, Route
+from proxy.live_session import LiveSession
+from proxy.live_sessions import LiveSessions
+from proxy.session import Charge, Ending, Phase, charge_for
+from proxy.upstream import PreparedCall
+
+RETRY_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+METADATA_BYTES_MAX = 4_096
+ATTEMPTS_KEPT = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Bill:
+    """What a session comes to: the usage charged, its source, the amount and the journal's outcome."""
+
+    usage: TokenUsage
+    source: str
+    micros: int
+    outcome: Outcome
+
+
+def bill(session: LiveSession, ending: Ending, prompt_kind: str) -> Bill:
+    """Who pays what. Pure over the session's state."""
+    charge, outcome = charge_for(ending, session.phase, stream=session.stream)
+    meter, price = session.meter, session.price
+    if charge is Charge.NOTHING or meter is None or price is None:
+        return Bill(TokenUsage(0, 0, 0, 0, 0), "counted", 0, outcome)
+    usage, source = meter.counted(), prompt_kind
+    if charge is Charge.REPORTED:
+        usage, source = meter.final()
+    elif charge is Charge.PROMPT:
+        usage = TokenUsage(usage.prompt, 0, 0, 0, 0)
+    return Bill(usage, source, cost(price, usage), outcome)
+
+
+class Settler:
+    """Settles sessions of this worker."""
+
+    def __init__(self, ledger: RedisLedger, live: LiveSessions, price_version: str) -> None:
+        self._ledger = ledger
+        self._live = live
+        self._price_version = price_version
+
+    def begin(
+        self, session: LiveSession, call: PreparedCall, ending: Ending
+    ) -> tuple[Bill, asyncio.Task[Settled | None]]:
+        """Fix the bill now and settle in a task of its own. Call once per session."""
+        due = bill(session, ending, call.prompt_kind)
+        session.advance(Phase.SETTLING)
+        session.content_due = None
+        if session.exchange is not None:
+            session.exchange.release()
+            session.exchange = None
+        metadata = self._metadata(session, call, ending, due)
+        return due, self._live.detach(self._settle(session, call.route, ending, due, metadata))
+
+    async def _settle(
+        self, session: LiveSession, route: Route, ending: Ending, due: Bill, metadata: bytes
+    ) -> Settled | None:
+        """Until the ledger answers: every call is idempotent. None when the session was no longer ours."""
+        if session.checkpoint is not None:
+            await asyncio.wait({session.checkpoint})
+        tries = 0
+        try:
+            while True:
+                try:
+                    reply = await self._send(session, due, metadata)
+                    break
+                except LedgerUnavailable:
+                    telemetry.SETTLE_RETRIED.inc()
+                    await asyncio.sleep(RETRY_S[min(tries, len(RETRY_S) - 1)])
+                    tries += 1
+        finally:
+            session.advance(Phase.FINAL)
+            self._live.remove(session)
+        self._count(session, route, ending, due, reply)
+        return reply if isinstance(reply, Settled) else None
+
+    async def _send(self, session: LiveSession, due: Bill, metadata: bytes) -> Settled | Gone:
+        if due.outcome == "void":
+            return await self._ledger.void(session.ref, metadata)
+        return await self._ledger.settle(session.ref, due.micros, due.outcome, metadata)
+
+    def _count(self, session: LiveSession, route: Route, ending: Ending, due: Bill, reply: Settled | Gone) -> None:
+        if isinstance(reply, Settled):
+            telemetry.session_ended(route.name, ending.value, due.outcome, reply.charged, reply.absorbed)
+        else:
+            telemetry.session_ended(route.name, ending.value, "swept", reply.charged, 0)
+            telemetry.log.error(
+                "session was no longer ours at its settlement",
+                session=session.id,
+                state=reply.state,
+                charged_micros=reply.charged,
+                due_micros=due.micros,
+            )
+        telemetry.USAGE_SOURCE.labels(route.name, due.source).inc()
+        usage = due.usage
+        for name, tokens in (
+            ("prompt", usage.prompt),
+            ("cached", usage.cached),
+            ("output", usage.output),
+            ("reasoning", usage.reasoning),
+        ):
+            if tokens:
+                telemetry.TOKENS.labels(route.name, name).inc(tokens)
+
+    def _metadata(self, session: LiveSession, call: PreparedCall, ending: Ending, due: Bill) -> bytes:
+        now = time.monotonic()
+        answered = session.attempts[-1] if session.attempts else None
+        if answered is not None:
+            answered.close(ending.value)
+        first = session.first_content_at
+        counted = session.meter.counted() if session.meter is not None and session.phase is not Phase.HELD else None
+        fields: dict[str, Any] = {
+            "request_id": session.request_id,
+            "route": call.route.name,
+            "stream": session.stream,
+            "provider": answered.provider if answered else None,
+            "model": answered.model if answered else None,
+            "attempts": [each.record() for each in session.attempts[-ATTEMPTS_KEPT:]],
+            "prompt": due.usage.prompt,
+            "cached": due.usage.cached,
+            "cache_write": due.usage.cache_write,
+            "output": due.usage.output,
+            "reasoning": due.usage.reasoning,
+            "counted_prompt": call.prompt_tokens,
+            "counted_output": counted.output if counted is not None else 0,
+            "source": due.source,
+            "ending": ending.value,
+            "first_content_ms": None if first is None else int((first - session.started_at) * 1000),
+            "duration_ms": int((now - session.started_at) * 1000),
+            "price_version": self._price_version,
+            "house_cost": _house_cost(call.route, session, due),
+            "limited": session.limited,
+        }
+        encoded = msgspec.json.encode(fields)
+        while len(encoded) > METADATA_BYTES_MAX and fields["attempts"]:
+            fields["attempts"] = fields["attempts"][1:]
+            encoded = msgspec.json.encode(fields)
+        return encoded
+
+
+def _house_cost(route: Route, session: LiveSession, due: Bill) -> int | None:
+    """Micros the house pays for the answering attempt, where its cost is known."""
+    if not session.attempts:
+        return None
+    last = session.attempts[-1]
+    found: Candidate | None = next(
+        (each for each in route.candidates if each.upstream.name == last.provider and each.model == last.model), None
+    )
+    return None if found is None or found.cost is None else cost(found.cost, due.usage)

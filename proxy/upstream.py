@@ -1,0 +1,315 @@
+"""Attempts at a route's candidates, in order, until one answers with content; failures before it fall back.
+
+Must not: write to the client or settle. What an attempt cost and how it ended is left on the session.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from config.settings import Bounds
+from metering.meter import Channel, Meter
+from metering.pricing import TokenUsage
+from metering.prompt import PromptKind
+from metering.ranks import encoding
+from providers.codec import Answer, ChatCall
+from providers.events import Chunk, Completed, Event, Failed, ProviderFailure, ReportedUsage
+from providers.openai import OpenAICodec
+from proxy import telemetry
+from proxy.candidates import Candidate, Route
+from proxy.errors import (
+    CallError,
+    ProviderError,
+    UpstreamGarbage,
+    UpstreamKeyRefused,
+    UpstreamTimedOut,
+    UpstreamTruncated,
+    UpstreamUnreachable,
+)
+from proxy.http_request import build_request
+from proxy.live_session import Attempt, LiveSession
+from proxy.request import ChatRequest
+from proxy.session import Phase
+from proxy.transport import Exchange, Transport
+from proxy.transport_errors import (
+    ConnectFailed,
+    ExchangeAborted,
+    TransportError,
+    UpstreamProtocolError,
+    UpstreamTimeout,
+)
+
+ERROR_BODY_BYTES_MAX = 256 * 1024
+CHANNELS = tuple(Channel(value) for value in range(len(Channel)))
+
+
+class SessionEnded(Exception):
+    """The session was ended from outside (client gone, lease lost, shutdown) while an attempt ran."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedCall:
+    """A checked, priced and held request. `output_limit` is what credit left of the client's limit, or None."""
+
+    request: ChatRequest
+    route: Route
+    prompt_tokens: int
+    prompt_kind: PromptKind
+    output_limit: int | None
+
+
+@dataclass(slots=True)
+class Opened:
+    """A stream that has shown its first content: `events` are what was read up to it, in order."""
+
+    candidate: Candidate
+    codec: OpenAICodec
+    exchange: Exchange
+    events: list[Event]
+
+
+class Upstreams:
+    """The way to all providers of this worker."""
+
+    def __init__(self, transport: Transport, bounds: Bounds, confirm: Callable[[LiveSession], object]) -> None:
+        """`confirm` is called when a provider's 2xx headers arrive (the first progress of a costly prompt)."""
+        self._transport = transport
+        self._bounds = bounds
+        self._confirm = confirm
+
+    async def open_stream(self, session: LiveSession, call: PreparedCall) -> Opened:
+        """The first candidate that streams content. Raises CallError (the last failure) or SessionEnded."""
+        last: CallError | None = None
+        for candidate in call.route.candidates:
+            try:
+                return await self._stream_attempt(session, call, candidate)
+            except CallError as error:
+                if not _falls_back(error):
+                    raise
+                last = error
+        raise last or UpstreamUnreachable()
+
+    async def fetch_answer(self, session: LiveSession, call: PreparedCall) -> tuple[Candidate, Answer]:
+        """The first candidate's whole answer. Raises as `open_stream` does."""
+        last: CallError | None = None
+        for candidate in call.route.candidates:
+            try:
+                return candidate, await self._answer_attempt(session, call, candidate)
+            except CallError as error:
+                if not _falls_back(error):
+                    raise
+                last = error
+        raise last or UpstreamUnreachable()
+
+    async def _stream_attempt(self, session: LiveSession, call: PreparedCall, candidate: Candidate) -> Opened:
+        attempt, codec, exchange = self._send(session, call, candidate)
+        try:
+            await self._expect_success(codec, exchange)
+            attempt.status = exchange.status
+            self._answered(session, call)
+            events = await self._first_content(codec, exchange)
+        except (TransportError, CallError) as error:
+            raise self._failed(session, attempt, error) from None
+        finally:
+            session.content_due = None
+            if attempt.outcome == "running" and session.ending is not None:
+                attempt.close(session.ending.value, exchange.status or None)
+        session.first_content_at = time.monotonic()
+        session.advance(Phase.CONTENT)
+        return Opened(candidate, codec, exchange, events)
+
+    async def _answer_attempt(self, session: LiveSession, call: PreparedCall, candidate: Candidate) -> Answer:
+        attempt, codec, exchange = self._send(session, call, candidate)
+        try:
+            await self._expect_success(codec, exchange)
+            attempt.status = exchange.status
+            self._answered(session, call)
+            body = await self._body(exchange, self._bounds.answer_bytes_max)
+            answer = codec.answer(body)
+            if isinstance(answer, ProviderFailure):
+                raise failure_error(answer)
+        except (TransportError, CallError) as error:
+            raise self._failed(session, attempt, error) from None
+        exchange.release()
+        session.exchange = None
+        session.first_content_at = time.monotonic()
+        session.advance(Phase.CONTENT)
+        attempt.close("completed", exchange.status)
+        telemetry.ATTEMPTS.labels(candidate.upstream.name, "completed").inc()
+        return answer
+
+    def _send(
+        self, session: LiveSession, call: PreparedCall, candidate: Candidate
+    ) -> tuple[Attempt, OpenAICodec, Exchange]:
+        if session.ending is not None:
+            raise SessionEnded
+        request = call.request
+        body = request.upstream_body(
+            candidate.model, include_usage=candidate.upstream.include_usage, output_limit=call.output_limit
+        )
+        chat = ChatCall(
+            body=body,
+            model=candidate.model,
+            stream=request.stream,
+            choices=request.choices,
+            usage_wanted=request.usage_wanted,
+            rename_to=call.route.name if call.route.rename_model else None,
+            frame_bytes_max=self._bounds.frame_bytes_max,
+        )
+        codec = OpenAICodec(candidate.upstream, chat)
+        out = codec.request(chat, session.request_id)
+        session.meter = Meter(candidate.price, call.prompt_tokens, encoding(candidate.encoding), call.prompt_kind)
+        session.price = candidate.price
+        attempt = Attempt(candidate.upstream.name, candidate.model)
+        session.attempts.append(attempt)
+        exchange = self._transport.open(
+            candidate.origin,
+            build_request(out.method, out.target, candidate.origin, out.headers, out.body),
+            head_ms=self._bounds.headers_ms if request.stream else self._bounds.headers_nonstream_ms,
+        )
+        session.exchange = exchange
+        session.advance(Phase.SENT)
+        return attempt, codec, exchange
+
+    def _answered(self, session: LiveSession, call: PreparedCall) -> None:
+        session.advance(Phase.ANSWERED)
+        hidden = call.route.hidden_reasoning
+        bound_ms = self._bounds.first_content_hidden_ms if hidden else self._bounds.first_content_ms
+        session.content_due = time.monotonic() + bound_ms / 1000
+        self._confirm(session)
+
+    async def _expect_success(self, codec: OpenAICodec, exchange: Exchange) -> None:
+        await exchange.head()
+        if 200 <= exchange.status < 300:
+            return
+        body = await self._body(exchange, ERROR_BODY_BYTES_MAX)
+        exchange.release()
+        if 300 <= exchange.status < 400:
+            raise UpstreamGarbage(f"The provider answered with a redirect (status {exchange.status}).")
+        raise failure_error(codec.failure(exchange.status, exchange.headers, body))
+
+    async def _first_content(self, codec: OpenAICodec, exchange: Exchange) -> list[Event]:
+        """Events up to and with the first content. A stream that fails, ends or errs before it raises CallError."""
+        if not _is_event_stream(exchange):
+            failure = codec.answer(await self._body(exchange, ERROR_BODY_BYTES_MAX))
+            if isinstance(failure, ProviderFailure) and failure.kind != "garbage":
+                raise failure_error(failure)
+            raise UpstreamGarbage("The provider did not answer with an event stream.")
+        events: list[Event] = []
+        while True:
+            data = await exchange.read()
+            fresh = codec.feed(data) if data else codec.end_of_stream()
+            for event in fresh:
+                if isinstance(event, Failed):
+                    raise failure_error(event.failure)
+            events += fresh
+            if any(isinstance(event, Completed) or (isinstance(event, Chunk) and event.content) for event in fresh):
+                return events
+
+    async def _body(self, exchange: Exchange, bytes_max: int) -> bytes:
+        parts, size = [], 0
+        while data := await exchange.read():
+            parts.append(data)
+            size += len(data)
+            if size > bytes_max:
+                raise UpstreamGarbage("The provider's answer is larger than the gateway accepts.")
+        return b"".join(parts)
+
+    def _failed(self, session: LiveSession, attempt: Attempt, error: Exception) -> Exception:
+        """Close a failed attempt; returns what to raise."""
+        exchange, session.exchange = session.exchange, None
+        if exchange is not None:
+            exchange.release()
+        if session.ending is not None:
+            attempt.close(session.ending.value)
+            return SessionEnded()
+        public = error if isinstance(error, CallError) else transport_error(error)
+        attempt.close(type(public).__name__, public.status if isinstance(public, ProviderError) else None)
+        telemetry.ATTEMPTS.labels(attempt.provider, type(public).__name__).inc()
+        telemetry.log.warning(
+            "attempt failed",
+            request_id=session.request_id,
+            session=session.id,
+            provider=attempt.provider,
+            model=attempt.model,
+            outcome=attempt.outcome,
+            status=attempt.status,
+            ms=attempt.ms,
+        )
+        session.advance(Phase.HELD)
+        return public
+
+
+def _is_event_stream(exchange: Exchange) -> bool:
+    return any(name == b"content-type" and b"event-stream" in value.lower() for name, value in exchange.headers)
+
+
+def _falls_back(error: CallError) -> bool:
+    """Whether another candidate may answer: not when the request itself is at fault."""
+    if isinstance(error, ProviderError):
+        return error.status in (402, 408, 429) or error.status >= 500
+    return True
+
+
+def failure_error(failure: ProviderFailure) -> CallError:
+    """The named error of a provider's failure. A refused key is our fault: its text never reaches the client."""
+    if failure.kind == "key_refused":
+        return UpstreamKeyRefused()
+    if failure.kind == "garbage":
+        return UpstreamGarbage(failure.message)
+    if failure.kind == "truncated":
+        return UpstreamTruncated(failure.message)
+    return ProviderError(
+        failure.message,
+        status=failure.status,
+        type_=failure.type,
+        code=failure.code,
+        param=failure.param,
+        retry_after_ms=None if failure.retry_after_s is None else int(failure.retry_after_s * 1000),
+    )
+
+
+def transport_error(error: Exception) -> CallError:
+    """The named error of a transport's failure."""
+    if isinstance(error, CallError):
+        return error
+    if isinstance(error, UpstreamTimeout):
+        return UpstreamTimedOut()
+    if isinstance(error, ConnectFailed):
+        return UpstreamUnreachable()
+    if isinstance(error, UpstreamProtocolError):
+        return UpstreamGarbage()
+    if isinstance(error, ExchangeAborted):
+        return UpstreamTruncated()
+    return UpstreamTruncated("The provider closed the connection before its answer was complete.")
+
+
+def count(meter: Meter, event: Chunk) -> None:
+    """Meter a chunk's text."""
+    for delta in event.deltas:
+        meter.add(delta.choice, CHANNELS[delta.channel], delta.text, delta.tool)
+
+
+def report(session: LiveSession, usage: ReportedUsage) -> None:
+    """Meter a provider's usage; a report that cannot be believed is noted and left."""
+    meter, provider = session.meter, session.attempts[-1].provider
+    refused: str | None = "no prompt or completion count"
+    if meter is not None and usage.prompt is not None and usage.output is not None:
+        refused = meter.report(
+            TokenUsage(
+                prompt=usage.prompt,
+                cached=usage.cached,
+                cache_write=usage.cache_write,
+                output=usage.output,
+                reasoning=usage.reasoning,
+                audio_input=usage.audio_input,
+                audio_output=usage.audio_output,
+            )
+        )
+    if refused is None:
+        session.reported_raw = usage.raw
+    else:
+        telemetry.USAGE_REFUSED.labels(provider).inc()
+        telemetry.log.warning("usage refused", provider=provider, reason=refused)

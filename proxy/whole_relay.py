@@ -1,0 +1,78 @@
+"""A call answered whole: attempts, one bill, one settlement, one JSON body.
+
+Must not: stream, or render errors; failures after the hold are settled here and raised with the session's headers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from config.settings import Bounds
+from metering.ledger import Settled
+from providers.codec import Answer
+from proxy import telemetry
+from proxy.answer import Headers, bill_headers, billed_body
+from proxy.errors import CallError, InternalError
+from proxy.live_session import LiveSession
+from proxy.session import Ending, Phase
+from proxy.settlement import Bill, Settler
+from proxy.upstream import CHANNELS, PreparedCall, SessionEnded, Upstreams, report
+
+
+@dataclass(frozen=True, slots=True)
+class WholeAnswer:
+    """The body and headers to send, and the bill behind them."""
+
+    body: bytes
+    headers: Headers
+    bill: Bill
+
+
+class WholeRelay:
+    """Serves one call without streaming."""
+
+    def __init__(self, upstreams: Upstreams, settler: Settler, bounds: Bounds) -> None:
+        self._upstreams = upstreams
+        self._settler = settler
+        self._bounds = bounds
+
+    async def run(self, session: LiveSession, call: PreparedCall) -> WholeAnswer:
+        """The answer. Raises CallError with the session settled; SessionEnded when there is nobody to answer."""
+        try:
+            _, answer = await self._upstreams.fetch_answer(session, call)
+        except CallError:
+            await self._settled(session, call, Ending.UPSTREAM_FAILED)
+            raise
+        except SessionEnded:
+            ending = session.ending or Ending.INTERNAL
+            await self._settled(session, call, ending)
+            if ending in (Ending.CLIENT_GONE, Ending.CLIENT_STALLED):
+                raise
+            error = session.error
+            raise (error if isinstance(error, CallError) else InternalError()) from None
+        except asyncio.CancelledError:
+            if session.phase < Phase.SETTLING:
+                self._settler.begin(session, call, session.ending or Ending.SHUTDOWN)
+            raise
+        _meter(session, answer)
+        due, settled = await self._settled(session, call, Ending.COMPLETED)
+        return WholeAnswer(billed_body(answer.body, session, due, settled), bill_headers(session, due, settled), due)
+
+    async def _settled(self, session: LiveSession, call: PreparedCall, ending: Ending) -> tuple[Bill, Settled | None]:
+        due, settling = self._settler.begin(session, call, ending)
+        done, _ = await asyncio.wait({settling}, timeout=self._bounds.settle_reply_ms / 1000)
+        if not done:
+            telemetry.SETTLE_LATE.inc()
+        return due, settling.result() if done else None
+
+
+def _meter(session: LiveSession, answer: Answer) -> None:
+    meter = session.meter
+    if meter is None:
+        raise InternalError
+    if answer.usage is not None:
+        report(session, answer.usage)
+    if meter.reported is None:
+        for choice, channel, tool, text in answer.texts:
+            meter.add(choice, CHANNELS[channel], text, tool)

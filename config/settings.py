@@ -106,6 +106,7 @@ class Provider(_Table, frozen=True):
     insecure: bool = False
     include_usage: bool = True
     clean_eof: bool = False
+    limit_field: Literal["max_tokens", "max_completion_tokens"] | None = None
     on_disconnect: Literal["cancel", "finish"] = "cancel"
     price_provider: str | None = None
 
@@ -236,8 +237,7 @@ def _check_provider(name: str, provider: Provider, path: Path) -> None:
     )
     if scheme not in ("http", "https") or not host:
         raise ConfigError(f"{path}: providers.{name}.base_url: '{provider.base_url}' is not an http(s) URL.")
-    loopback = host in ("localhost", "::1") or host.startswith("127.")
-    if scheme == "http" and not loopback and not provider.insecure:
+    if scheme == "http" and not is_loopback(host) and not provider.insecure:
         raise ConfigError(
             f"{path}: providers.{name}.base_url: plain http to {host}. Use https, or set insecure = true to accept it."
         )
@@ -280,6 +280,11 @@ def read_secrets(settings: Settings, environ: Mapping[str, str]) -> Secrets:
     if secret is not None and len(secret) < 16:
         raise ConfigError("TOLLGATE_SECRET is too short: use 32 or more random characters.")
     return Secrets(redis_url=redis_url, database_url=database_url, secret=secret, provider_keys=keys)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a listening or upstream host is this machine's own loopback."""
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def data_dir(environ: Mapping[str, str]) -> Path:

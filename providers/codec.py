@@ -21,6 +21,7 @@ class Upstream:
     key: str | None = None
     include_usage: bool = True
     clean_eof: bool = False
+    limit_field: str | None = None
 
     def __repr__(self) -> str:
         return f"Upstream({self.name!r})"

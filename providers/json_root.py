@@ -77,7 +77,9 @@ class RootObject:
     def replaced(self, changes: Mapping[str, bytes]) -> bytes:
         """The body with these members' values replaced, or added at the front where they were absent."""
         spans = sorted((self.spans[name], value) for name, value in changes.items() if name in self.spans)
-        added = [b'"%b":%b' % (name.encode(), value) for name, value in changes.items() if name not in self.spans]
+        added = [
+            b"%b:%b" % (msgspec.json.encode(name), value) for name, value in changes.items() if name not in self.spans
+        ]
         parts = [self.body[: self.first]]
         if added:
             parts.append(b",".join(added))

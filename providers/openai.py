@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from providers.codec import Answer, ChatCall, Upstream, UpstreamRequest
-from providers.events import Chunk, Completed, Delta, Event, Failed, ProviderFailure, UsageSeen
+from providers.events import Channel, Chunk, Completed, Delta, Event, Failed, ProviderFailure, UsageSeen
 from providers.json_root import NotAnObject, RootObject
 from providers.openai_errors import failure_from_frame, failure_from_status
 from providers.openai_repair import finish_payload, repaired, usage_payload
@@ -37,6 +37,7 @@ class OpenAICodec:
         self._splitter = SseSplitter(call.frame_bytes_max)
         self._begun: set[int] = set()
         self._finished: set[int] = set()
+        self._named: set[tuple[int, int]] = set()
         self._first: bytes | None = None
         self._over = False
 
@@ -80,7 +81,7 @@ class OpenAICodec:
         except FrameTooLarge:
             self._fail(events, _garbage("The provider sent a frame above the size limit."))
         if not self._over:
-            whole = len(self._finished) >= self._call.choices
+            whole = self._finished == self._begun  # not the number asked for: some servers ignore `n`
             if self._begun and (whole or self._upstream.clean_eof):
                 self._complete(events)
             else:
@@ -124,10 +125,10 @@ class OpenAICodec:
                 self._fail(events, failure_from_frame(payload))
                 return
             repair = self._choice(choice, deltas, finished) or repair
-        self._usage(chunk, events)
+        reported = self._usage(chunk, events)
         if self._first is None:
             self._first = payload
-        if repair or chunk.usage is not None or self._call.rename_to is not None:
+        if repair or reported or self._call.rename_to is not None:
             payload = repaired(payload, self._call.rename_to, choices=repair, null_usage=self._call.usage_wanted)
         events.append(Chunk(payload, deltas, tuple(finished), content=bool(deltas or finished)))
 
@@ -136,7 +137,7 @@ class OpenAICodec:
         repair = False
         delta = choice.delta
         if delta is not None:
-            deltas += deltas_of(choice.index, delta)
+            deltas += self._once_named(deltas_of(choice.index, delta))
             if choice.index not in self._begun:
                 repair = delta.role is None
             if delta.tool_calls:
@@ -147,9 +148,20 @@ class OpenAICodec:
             finished.append(choice.index)
         return repair
 
+    def _once_named(self, deltas: list[Delta]) -> list[Delta]:
+        """Without repeated tool names: OpenAI sends a call's name once, others with each piece of its arguments."""
+        kept = []
+        for delta in deltas:
+            if delta.channel is Channel.TOOL_NAME:
+                if (delta.choice, delta.tool) in self._named:
+                    continue
+                self._named.add((delta.choice, delta.tool))
+            kept.append(delta)
+        return kept
+
     def _without_choices(self, payload: bytes, chunk: WireChunk, events: list[Event]) -> None:
         """The usage chunk, Azure's filter results, a foreign object: only who asked for usage expects such frames."""
-        if self._usage(chunk, events):
+        if self._usage(chunk, events) or chunk.usage_json() is not None:
             return
         if chunk.choices is not None and self._call.usage_wanted:
             rename = self._call.rename_to
@@ -157,12 +169,8 @@ class OpenAICodec:
             events.append(Chunk(payload))
 
     def _usage(self, chunk: WireChunk, events: list[Event]) -> bool:
-        raw = chunk.usage
-        if raw is None and chunk.x_groq is not None:
-            inner = decode_any(chunk.x_groq)
-            if isinstance(inner, dict) and isinstance(inner.get("usage"), dict):
-                raw = msgspec.Raw(msgspec.json.encode(inner["usage"]))
-        usage = None if raw is None else usage_of(bytes(raw))
+        raw = chunk.usage_json()
+        usage = None if raw is None else usage_of(raw)
         if usage is None:
             return False
         events.append(UsageSeen(usage))

@@ -22,6 +22,9 @@ def failure_from_status(status: int, headers: list[tuple[bytes, bytes]], body: b
     failure.status = status
     failure.kind = _kind(status)
     failure.retry_after_s = _retry_after_s(headers)
+    if status >= 500:
+        # Inference servers put file paths and the refused input (a prompt) into the text of a 500.
+        failure.message, failure.param = f"The provider reported an error (status {status}).", None
     return failure
 
 

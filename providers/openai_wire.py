@@ -40,11 +40,24 @@ class WireChoice(msgspec.Struct, gc=False):
     finish_reason: str | None = None
 
 
+class GroqMember(msgspec.Struct, gc=False):
+    usage: dict[str, Any] | None = None
+
+
 class WireChunk(msgspec.Struct, gc=False):
     choices: list[WireChoice] | None = None
-    usage: msgspec.Raw | None = None
-    error: msgspec.Raw | None = None
-    x_groq: msgspec.Raw | None = None
+    usage: msgspec.Raw = msgspec.Raw()  # as sent; empty when absent (a union with None would refuse objects)
+    error: Any = None
+    x_groq: GroqMember | None = None
+
+    def usage_json(self) -> bytes | None:
+        """The usage object wherever this server puts it, or None."""
+        raw = bytes(self.usage)
+        if raw and raw != b"null":
+            return raw
+        if self.x_groq is not None and self.x_groq.usage is not None:
+            return msgspec.json.encode(self.x_groq.usage)
+        return None
 
 
 decode_chunk = msgspec.json.Decoder(WireChunk).decode
@@ -66,7 +79,7 @@ def deltas_of(choice: int, delta: WireDelta) -> list[Delta]:
     if delta.tool_calls:
         for position, call in enumerate(delta.tool_calls):
             _tool(found, choice, position if call.index is None else call.index, call.function)
-    if delta.function_call is not None:
+    elif delta.function_call is not None:  # some servers send a forced call under both names
         _tool(found, choice, 0, delta.function_call)
     return found
 
@@ -92,8 +105,8 @@ def lenient_chunk(payload: bytes) -> WireChunk | None:
     choices = raw.get("choices")
     return WireChunk(
         choices=[_lenient_choice(each) for each in _dicts(choices)] if isinstance(choices, list) else None,
-        usage=None if raw.get("usage") is None else members["usage"],
-        error=None if raw.get("error") is None else members["error"],
+        usage=members.get("usage", msgspec.Raw()),
+        error=raw.get("error"),
     )
 
 

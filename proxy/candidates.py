@@ -77,6 +77,7 @@ def _upstream(name: str, provider: Provider, base_url: str, key: str | None) -> 
         key=key,
         include_usage=provider.include_usage,
         clean_eof=provider.clean_eof,
+        limit_field=provider.limit_field,
     )
 
 

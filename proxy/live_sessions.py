@@ -95,6 +95,12 @@ class LiveSessions:
             session.checkpoint = self.detach(self._checkpoint(session, max(want_hold, session.held)))
         return session.checkpoint
 
+    def confirm(self, session: LiveSession) -> None:
+        """The provider answered 2xx. A prompt that costs more than the low mark is told to the ledger at once, so that
+        a killed gateway does not give it away."""
+        if session.metered_now() > session.slice_low_cost:
+            self.checkpoint(session)
+
     async def _checkpoint(self, session: LiveSession, want_hold: int) -> None:
         session.seq += 1
         sent_ms = boot_ms()

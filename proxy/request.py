@@ -62,14 +62,22 @@ class ChatRequest:
         """SHA-256 of the body as sent, hex."""
         return hashlib.sha256(self.root.body).hexdigest()
 
-    def upstream_body(self, model: str, *, include_usage: bool, output_limit: int | None) -> bytes:
-        """The body with the candidate's model, usage asked for, and (when given) a lowered output limit spliced in."""
+    def upstream_body(
+        self, model: str, *, include_usage: bool, output_limit: int | None, limit_field: str | None
+    ) -> bytes:
+        """The body with the candidate's model, usage asked for, and a lowered output limit (or None) spliced in.
+
+        `limit_field` is the only limit a provider understands; the client's limit is put there too.
+        """
         changes = {"model": msgspec.json.encode(model)} if model != self.model else {}
         if self.stream and include_usage and not self.usage_wanted:
             changes["stream_options"] = self._stream_options()
         if output_limit is not None:
-            for name in self.limit_fields or ("max_tokens",):
+            for name in self.limit_fields or (limit_field or "max_tokens",):
                 changes[name] = b"%d" % output_limit
+        limit = self.limit if output_limit is None else output_limit
+        if limit is not None and limit_field is not None and limit_field not in self.limit_fields:
+            changes[limit_field] = b"%d" % limit
         return self.root.replaced(changes) if changes else self.root.body
 
     def _stream_options(self) -> bytes:

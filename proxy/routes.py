@@ -79,7 +79,7 @@ class DataPlane:
         session.started_at = began
         state["session"] = session.id
         session.task = asyncio.current_task()
-        session.abort_client = scope.get("extensions", {}).get("tollgate.abort")
+        session.abort_client = state.get("abort")
         watch = asyncio.get_running_loop().create_task(self._watch(session, receive, call))
         try:
             if request.stream:

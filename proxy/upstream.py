@@ -146,8 +146,12 @@ class Upstreams:
         if session.ending is not None:
             raise SessionEnded
         request = call.request
+        upstream = candidate.upstream
         body = request.upstream_body(
-            candidate.model, include_usage=candidate.upstream.include_usage, output_limit=call.output_limit
+            candidate.model,
+            include_usage=upstream.include_usage,
+            output_limit=call.output_limit,
+            limit_field=upstream.limit_field,
         )
         chat = ChatCall(
             body=body,

@@ -1,0 +1,73 @@
+"""The HTTP application of a data worker: which path goes to which handler, and the one error handler.
+
+Must not: build what it serves (`gateway.lifespan` does) or hold logic. Anything under /v1 that is not listed is a 404.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from litestar import Litestar, asgi
+from litestar.types import Receive, Scope, Send
+
+from gateway import errors, health
+from gateway.health import Health
+from proxy.errors import RouteNotFound
+from proxy.routes import DataPlane
+
+Handler = Callable[[Any, Any, Any], Awaitable[None]]
+
+
+def create_app(plane: DataPlane, health_of: Health, *, with_metrics: bool) -> Litestar:
+    """The application. `with_metrics`: whether /metrics is served here (only when the main port is loopback)."""
+    handlers = [
+        _route("/v1/chat/completions", "POST", plane.chat_completions),
+        _route("/v1/models", "GET", plane.models),
+        _route("/v1/models/{model:path}", "GET", plane.model),
+        _route("/health/live", "GET", _live),
+        _route("/health/ready", "GET", _ready(health_of)),
+    ]
+    if with_metrics:
+        handlers.append(_route("/metrics", "GET", _metrics))
+    return Litestar(
+        route_handlers=handlers,
+        openapi_config=None,
+        logging_config=None,
+        debug=False,
+        exception_handlers={Exception: errors.handle},
+    )
+
+
+def _route(path: str, method: str, handler: Handler) -> Any:
+    @asgi(path, copy_scope=False)
+    async def route(scope: Scope, receive: Receive, send: Send) -> None:
+        used = scope.get("method")
+        if used != method:
+            raise RouteNotFound(f"Invalid URL ({used} {scope['path'][:200]})")
+        await handler(scope, receive, send)
+
+    return route
+
+
+async def _answer(send: Send, status: int, body: bytes, content_type: bytes = b"application/json") -> None:
+    headers = [(b"content-type", content_type), (b"content-length", b"%d" % len(body)), (b"cache-control", b"no-store")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+async def _live(scope: Scope, receive: Receive, send: Send) -> None:
+    await _answer(send, 200, b'{"status":"ok"}')
+
+
+def _ready(health_of: Health) -> Handler:
+    async def ready(scope: Scope, receive: Receive, send: Send) -> None:
+        readiness = await health_of.readiness()
+        await _answer(send, 200 if readiness.ready else 503, health.encoded(readiness))
+
+    return ready
+
+
+async def _metrics(scope: Scope, receive: Receive, send: Send) -> None:
+    text, content_type = health.metrics_text()
+    await _answer(send, 200, text, content_type.encode())

@@ -1,0 +1,184 @@
+"""The ledger process: flusher, sweeper, pending grants and the journal's published state. One per instance.
+
+Must not: serve clients. It may be killed at any moment: everything it does is resumed by the next one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+
+import msgspec
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+from prometheus_client.multiprocess import MultiProcessCollector
+
+from config import logs, run, settings
+from gateway.children import tell_ready, watch_parent
+from metering import grants
+from metering.journal import Alarm, Flusher
+from metering.ledger import Swept
+from metering.redis_ledger import RedisLedger
+from metering.status import STATUS_KEY, STATUS_TTL_S, JournalReport
+from metering.sweeper import Sweeper
+from storage.database import FAILED, connect_pool
+from storage.redis_client import RedisClient, RedisError
+
+log = structlog.stdlib.get_logger("tollgate.ledger")
+
+STATUS_EVERY_S = 1.0
+GRANTS_EVERY_S = 2.0
+
+BEHIND = Gauge(
+    "tollgate_journal_entries_behind", "Journal entries not in Postgres yet.", multiprocess_mode="mostrecent"
+)
+AGE = Gauge("tollgate_journal_oldest_age_seconds", "Age of the oldest such entry.", multiprocess_mode="mostrecent")
+DEAD = Gauge(
+    "tollgate_journal_dead_entries", "Entries set aside because they could not be read.", multiprocess_mode="mostrecent"
+)
+STOPPED = Gauge(
+    "tollgate_journal_stopped_shards", "Shards whose journal is stopped by an alarm.", multiprocess_mode="mostrecent"
+)
+DELIVERED = Counter("tollgate_journal_entries_total", "Journal entries written to Postgres.")
+SWEPT = Counter("tollgate_swept_sessions_total", "Sessions settled on behalf of a dead owner.")
+ALARMS = Counter("tollgate_journal_alarms_total", "Alarms of the journal, by kind.", ["kind"])
+
+
+def _alarm(alarm: Alarm) -> None:
+    ALARMS.labels(alarm.kind).inc()
+    log.error("journal alarm", kind=alarm.kind, shard=alarm.shard, detail=alarm.detail)
+
+
+def _swept(one: Swept) -> None:
+    SWEPT.inc()
+    log.warning("session swept", session=one.session, account=one.account.id, charged_micros=one.charged)
+
+
+async def serve() -> None:
+    """Run until SIGTERM or until the supervisor is gone; then flush what is there, within a bound."""
+    this_run = run.read_run()
+    config = settings.load(Path(this_run.config_path))
+    logs.configure(config.server.log_level, "ledger")
+    redis = RedisClient(
+        this_run.redis_url,
+        call_ms=config.redis.call_ms,
+        connect_ms=config.redis.connect_ms,
+        pending_max=config.redis.pending_max,
+    )
+    await redis.start()
+    ledger = RedisLedger(redis, lease_ms=config.metering.lease_ms)
+    await ledger.start()
+    flusher = Flusher(
+        redis,
+        this_run.database_url,
+        batch_max=config.metering.flush_batch_max,
+        every_ms=config.metering.flush_every_ms,
+        on_alarm=_alarm,
+    )
+    sweeper = Sweeper(ledger, every_ms=config.metering.sweep_every_ms, on_swept=_swept)
+    if not settings.is_loopback(this_run.host):
+        _serve_metrics(config.server.metrics_listen)
+    jobs: list[asyncio.Task[None]] = [
+        asyncio.create_task(job)
+        for job in (
+            flusher.run(),
+            sweeper.run(),
+            _publish(redis, flusher),
+            _apply_grants(this_run.database_url, ledger),
+        )
+    ]
+    await _until_asked(jobs)
+    for job in jobs:
+        job.cancel()
+    await asyncio.wait(jobs)
+    await flusher.aclose()
+    await redis.aclose()
+
+
+async def _until_asked(jobs: list[asyncio.Task[None]]) -> None:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    watch_parent(loop, stop.set)
+    tell_ready()
+    asked = asyncio.create_task(stop.wait())
+    await asyncio.wait([asked, *jobs], return_when=asyncio.FIRST_COMPLETED)
+    asked.cancel()
+    for job in jobs:
+        if job.done():
+            await job  # a job never ends by itself: let its error end the process, the supervisor starts it again
+
+
+async def _publish(redis: RedisClient, flusher: Flusher) -> None:
+    """Tell the workers and the metrics how the journal stands."""
+    delivered = 0
+    while True:
+        status = flusher.status
+        DELIVERED.inc(flusher.delivered - delivered)
+        delivered = flusher.delivered
+        BEHIND.set(status.entries_behind)
+        AGE.set(status.oldest_age_ms / 1000)
+        DEAD.set(status.dead)
+        STOPPED.set(len(status.stopped_shards))
+        try:
+            report = JournalReport(
+                entries_behind=status.entries_behind,
+                oldest_age_ms=status.oldest_age_ms,
+                dead=status.dead,
+                stopped_shards=len(status.stopped_shards),
+                memory_percent=await _memory_percent(redis),
+            )
+            await redis.call("SET", STATUS_KEY, msgspec.json.encode(report), "EX", STATUS_TTL_S)
+        except RedisError:
+            log.warning("the journal's state could not be published: redis is unavailable")
+        await asyncio.sleep(STATUS_EVERY_S)
+
+
+async def _memory_percent(redis: RedisClient) -> int:
+    """Memory in use, in percent of maxmemory; 0 where no maximum is set."""
+    info = await redis.call("INFO", "memory")
+    fields = dict(line.split(b":", 1) for line in info.splitlines() if b":" in line)
+    most = int(fields.get(b"maxmemory", b"0"))
+    return int(fields[b"used_memory"]) * 100 // most if most else 0
+
+
+async def _apply_grants(database_url: str, ledger: RedisLedger) -> None:
+    """Grants written to Postgres whose way to Redis was cut, and those that become effective now."""
+    pool = None
+    while True:
+        try:
+            if pool is None:
+                pool = await connect_pool(database_url)
+            await grants.apply_pending(pool, ledger)
+        except FAILED:
+            log.warning("pending grants could not be read: postgres is unavailable")
+        await asyncio.sleep(GRANTS_EVERY_S)
+
+
+def _serve_metrics(listen: str) -> None:
+    """Metrics of all processes, on a port of their own when the main port is not loopback."""
+    host, _, port = listen.rpartition(":")
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    start_http_server(int(port), host.strip("[]") or "127.0.0.1", registry)
+
+
+def main() -> int:
+    """Entry of `python -m gateway.ledger_process`."""
+    import uvloop
+
+    try:
+        uvloop.run(serve())
+    except settings.ConfigError as error:
+        print(f"tollgate: {error}", file=sys.stderr)  # noqa: T201 - before there is a log
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    os.umask(0o077)
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""The composition of a data worker: every part made once, opened in order, closed in reverse.
+
+Must not: be imported by anything but the worker and tests.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from litestar import Litestar
+
+from accounts.key_lookup import PostgresKeys
+from accounts.key_store import KeyStore
+from accounts.keys import fingerprint
+from config import catalog as catalogs
+from config.run import Run
+from config.settings import Bounds, Secrets, Settings, is_loopback
+from gateway import errors
+from gateway.app import create_app
+from gateway.health import Health
+from metering.ranks import encoding
+from metering.redis_ledger import RedisLedger
+from proxy.admission import Admission
+from proxy.candidates import Route, build_routes
+from proxy.live_sessions import LiveSessions
+from proxy.relay import StreamRelay
+from proxy.routes import DataPlane
+from proxy.settlement import Settler
+from proxy.transport import Transport, TransportLimits
+from proxy.upstream import Upstreams
+from proxy.whole_relay import WholeRelay
+from storage.redis_client import RedisClient
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """What the process needs of its parts: the application, and the sessions to drain."""
+
+    app: Litestar
+    live: LiveSessions
+    bounds: Bounds
+
+
+@asynccontextmanager
+async def open_worker(run: Run, settings: Settings, secrets: Secrets, pepper: bytes) -> AsyncIterator[Worker]:
+    """Open every part. Raises ConfigError, RedisUnavailable, LedgerUnavailable."""
+    catalog = catalogs.read(Path(run.catalog_path))
+    routes = build_routes(settings, secrets, catalog, run.simulated)
+    for name in {each.encoding for route in routes.values() for each in route.candidates}:
+        encoding(name)  # loaded before the first request, not in it
+    async with AsyncExitStack() as stack:
+        redis = RedisClient(
+            run.redis_url,
+            call_ms=settings.redis.call_ms,
+            connect_ms=settings.redis.connect_ms,
+            pending_max=settings.redis.pending_max,
+        )
+        await redis.start()
+        stack.push_async_callback(redis.aclose)
+        ledger = RedisLedger(redis, lease_ms=settings.metering.lease_ms)
+        await ledger.start()
+        lookup = PostgresKeys(run.database_url)
+        stack.push_async_callback(lookup.aclose)
+        keys = KeyStore(redis, lookup, pepper, fingerprint(pepper))
+        await keys.start()
+        stack.push_async_callback(keys.aclose)
+        transport = Transport(_limits(settings.bounds))
+        stack.push_async_callback(transport.aclose)
+        live = LiveSessions(ledger, settings.metering, settings.bounds)
+        live.start()
+        plane = _plane(settings, routes, catalog.version, (ledger, live, keys, transport))
+        health = Health(redis, run.database_url, live, settings.metering)
+        app = create_app(plane, health, with_metrics=is_loopback(run.host))
+        yield Worker(app, live, settings.bounds)
+
+
+def _plane(
+    settings: Settings,
+    routes: dict[str, Route],
+    price_version: str,
+    parts: tuple[RedisLedger, LiveSessions, KeyStore, Transport],
+) -> DataPlane:
+    ledger, live, keys, transport = parts
+    bounds, metering = settings.bounds, settings.metering
+
+    upstreams = Upstreams(transport, bounds, live.confirm)
+    settler = Settler(ledger, live, price_version)
+    relays = StreamRelay(upstreams, live, settler, bounds, errors.sse_payload), WholeRelay(upstreams, settler, bounds)
+    owner = f"{os.getpid()}-{os.urandom(4).hex()}"
+    admission = Admission(ledger, live, routes, price_version, owner, (metering, bounds))
+    return DataPlane(keys, admission, live, relays, routes, bounds)
+
+
+def _limits(bounds: Bounds) -> TransportLimits:
+    return TransportLimits(
+        connect_ms=bounds.connect_ms, head_ms=bounds.headers_ms, idle_ms=bounds.idle_ms, total_ms=bounds.total_ms
+    )
+

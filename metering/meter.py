@@ -1,0 +1,174 @@
+"""One session's meter: text deltas and provider usage in, micros out. Pure and synchronous; nothing waits here.
+
+Output is counted exactly, one counter for each (choice, channel, tool), because separate texts never share a token.
+`fits` answers from a byte bound that is renewed rarely; text is tokenised again only when that bound is used up.
+Must not: decide what happens when credit ends, know frames or HTTP, or read a clock.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Literal
+
+from config.price import CompiledPrice
+from metering.pricing import MILLION, TokenUsage, cost, rates_for, sane
+from metering.token_counter import JOINT_TOKENS, Encoder, StreamCounter
+
+COUNTERS_MAX = 1024
+"""Separate texts of one session (choices x channels x tools). What comes beyond is counted as one text for each
+price (`merged` says so): their tokens may then differ by one for each delta, and memory stays bounded."""
+
+Source = Literal["provider", "counted", "estimated"]
+
+
+class Channel(IntEnum):
+    """Where a delta's text belongs. Reasoning has its own price; the others are output."""
+
+    CONTENT = 0
+    REFUSAL = 1
+    REASONING = 2
+    TOOL_NAME = 3
+    TOOL_ARGUMENTS = 4
+
+
+_Key = tuple[int, int, int]
+_MERGED_OUTPUT: _Key = (-1, Channel.CONTENT, 0)
+_MERGED_REASONING: _Key = (-1, Channel.REASONING, 0)
+
+
+class Meter:
+    """What one session costs so far. `prompt_tokens` is our own count; `prompt_kind` says how good it is."""
+
+    __slots__ = (
+        "_counters",
+        "_encoding",
+        "_fresh_bytes",
+        "_high_water",
+        "_limit",
+        "_price",
+        "_prompt",
+        "_prompt_kind",
+        "_reported",
+        "_room_bytes",
+        "_undo",
+        "merged",
+        "refused",
+    )
+
+    def __init__(
+        self,
+        price: CompiledPrice,
+        prompt_tokens: int,
+        encoding: Encoder,
+        prompt_kind: Literal["counted", "estimated"] = "counted",
+    ) -> None:
+        self._price = price
+        self._prompt = prompt_tokens
+        self._prompt_kind: Source = prompt_kind
+        self._encoding = encoding
+        self._counters: dict[_Key, StreamCounter] = {}
+        self._undo: dict[_Key, StreamCounter] = {}
+        self._reported: TokenUsage | None = None
+        self._high_water = 0
+        self._limit: int | None = None
+        self._room_bytes = 0  # bytes that fit `_limit` for certain, since the last look at the counters
+        self._fresh_bytes = 0  # bytes added since then
+        self.merged = False
+        self.refused: str | None = None
+        """Why the last provider usage was not believed."""
+
+    def add(self, choice: int, channel: Channel, text: str, tool: int = 0) -> None:
+        """Count a delta. `tool` is the index of the tool call for the two tool channels."""
+        if not text:
+            return
+        key: _Key = (choice, channel, tool)
+        counter = self._counters.get(key)
+        if counter is None:
+            key, counter = self._new_counter(key)
+        if self._fresh_bytes + 4 * len(text) > self._room_bytes and key not in self._undo:
+            self._undo[key] = counter.copy()
+        self._fresh_bytes += counter.feed(text)
+
+    def counted(self) -> TokenUsage:
+        """Our own exact count of everything so far."""
+        return self._usage([counter.total() for counter in self._counters.values()])
+
+    def counted_output(self) -> int:
+        """Output tokens so far, reasoning included, exact."""
+        return self.counted().output
+
+    def cost_now(self) -> int:
+        """Micros of everything so far by our own count, exact. Tokenises the unfinished words."""
+        return cost(self._price, self.counted())
+
+    def cost_upper(self) -> int:
+        """Micros, at least `cost_now()`, without tokenising anything."""
+        return cost(self._price, self._usage([counter.upper() for counter in self._counters.values()]))
+
+    def checkpoint(self) -> int:
+        """What a progress report carries: `cost_now()`, but never less than an earlier checkpoint said (a word's
+        tokens can become fewer when it goes on)."""
+        self._high_water = max(self._high_water, self.cost_now())
+        return self._high_water
+
+    def fits(self, limit_micros: int) -> bool:
+        """Whether everything added so far costs at most `limit_micros`. Exact; usually one comparison."""
+        certain = limit_micros == self._limit and self._fresh_bytes <= self._room_bytes
+        if not certain:
+            self._limit, self._fresh_bytes = limit_micros, 0
+            self._room_bytes = self._room(self._usage([counter.upper() for counter in self._counters.values()]))
+            if self._room_bytes < 0:
+                self._room_bytes = self._room(self.counted())
+            if self._room_bytes < 0:
+                return False
+        if self._undo:
+            self._undo.clear()
+        return True
+
+    def take_back(self) -> None:
+        """After `fits` said no: forget what was added since it last said yes, so that a chunk that is not forwarded
+        is not charged. Text that was certain to fit when it was added stays counted."""
+        self._counters.update(self._undo)
+        self._undo.clear()
+
+    def report(self, usage: TokenUsage) -> str | None:
+        """The provider's usage; the last one believed wins over our count. Returns why it was refused, or None."""
+        self.refused = sane(usage)
+        if self.refused is None:
+            self._reported = usage
+        return self.refused
+
+    @property
+    def reported(self) -> TokenUsage | None:
+        """The provider's usage, if one was believed."""
+        return self._reported
+
+    def final(self) -> tuple[TokenUsage, Source]:
+        """What is charged, and whose count it is: the provider's, else ours (`estimated` when the prompt was)."""
+        if self._reported is not None:
+            return self._reported, "provider"
+        return self.counted(), self._prompt_kind
+
+    def final_cost(self) -> int:
+        """Micros of `final()`."""
+        return cost(self._price, self.final()[0])
+
+    def _new_counter(self, key: _Key) -> tuple[_Key, StreamCounter]:
+        if len(self._counters) >= COUNTERS_MAX:
+            self.merged = True
+            key = _MERGED_REASONING if key[1] == Channel.REASONING else _MERGED_OUTPUT
+        return key, self._counters.setdefault(key, StreamCounter(self._encoding))
+
+    def _usage(self, tokens: list[int]) -> TokenUsage:
+        reasoning = sum(n for key, n in zip(self._counters, tokens, strict=True) if key[1] == Channel.REASONING)
+        return TokenUsage(self._prompt, cached=0, cache_write=0, output=sum(tokens), reasoning=reasoning)
+
+    def _room(self, usage: TokenUsage) -> int:
+        """How many more bytes fit the limit after `usage`, at the dearest token a byte; -1 when it does not fit."""
+        spent = cost(self._price, usage)
+        if self._limit is None or spent > self._limit:
+            return -1
+        rates = rates_for(self._price, self._prompt)
+        dearest = max(rates.output, rates.reasoning)
+        room = (self._limit - spent) * MILLION // dearest if dearest else 1 << 62
+        return max(0, room - JOINT_TOKENS * len(self._counters))

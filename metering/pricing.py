@@ -1,0 +1,110 @@
+"""Tokens to micros, and micros to the output tokens they cover. All integers; one rounding, up, at the very end.
+
+cost = ceil(sum of tokens x rate / 10^6) + request, on cumulative tokens: never a sum of roundings (docs: metering).
+Must not: count tokens, choose a price, or know whom it charges.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from config.price import CompiledPrice, Rates
+
+MILLION = 1_000_000
+TOKENS_MAX = 2**31
+"""Most tokens of a class in one session; a report of more is refused as absurd."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenUsage:
+    """Tokens of one session. `cached`, `cache_write` and `audio_input` are parts of `prompt`; `reasoning` and
+    `audio_output` are parts of `output`."""
+
+    prompt: int
+    cached: int
+    cache_write: int
+    output: int
+    reasoning: int
+    audio_input: int = 0
+    audio_output: int = 0
+
+
+def rates_for(price: CompiledPrice, prompt_tokens: int) -> Rates:
+    """The rates in force: those of the highest tier that the prompt exceeds, for all tokens of the request."""
+    chosen: Rates = price
+    for tier in price.tiers:
+        if prompt_tokens > tier.above:
+            chosen = tier
+    return chosen
+
+
+def cost(price: CompiledPrice, usage: TokenUsage) -> int:
+    """Micros for `usage`, rounded up once. What the parts leave of `prompt` and `output` is never below 0."""
+    rates = rates_for(price, usage.prompt)
+    return _micros(_prompt_raw(rates, usage) + _output_raw(rates, usage)) + price.request
+
+
+def hold_cost(price: CompiledPrice, prompt_tokens: int, output_tokens: int) -> int:
+    """Micros that cover this many tokens whatever the provider calls them: a prompt may be reported as written to the
+    cache, an output as reasoning. For holds; never charged."""
+    rates = rates_for(price, prompt_tokens)
+    return _micros(prompt_tokens * _prompt_worst(rates) + output_tokens * _output_worst(rates)) + price.request
+
+
+def output_tokens_covered(price: CompiledPrice, budget_micros: int, prompt_tokens: int) -> int:
+    """The most output tokens n for which `hold_cost(price, prompt_tokens, n)` is within the budget, at most
+    TOKENS_MAX; -1 when not even the prompt is covered. The exact inverse of `hold_cost`."""
+    rates = rates_for(price, prompt_tokens)
+    room = (budget_micros - price.request) * MILLION - prompt_tokens * _prompt_worst(rates)
+    if room < 0:
+        return -1
+    each = _output_worst(rates)
+    return min(TOKENS_MAX, room // each) if each else TOKENS_MAX
+
+
+def sane(usage: TokenUsage) -> str | None:
+    """Why a provider's report is refused (and the local count used instead), or None when it can be charged."""
+    for name in ("prompt", "cached", "cache_write", "output", "reasoning", "audio_input", "audio_output"):
+        value = getattr(usage, name)
+        if type(value) is not int:
+            return f"{name} is not an integer"
+        if value < 0:
+            return f"{name} is negative"
+        if value > TOKENS_MAX:
+            return f"{name} is above {TOKENS_MAX}"
+    if usage.cached + usage.cache_write > usage.prompt:
+        return "cached and cache_write exceed prompt"
+    if usage.audio_input > usage.prompt:
+        return "audio_input exceeds prompt"
+    if usage.reasoning > usage.output:
+        return "reasoning exceeds output"
+    if usage.audio_output > usage.output:
+        return "audio_output exceeds output"
+    return None
+
+
+def _micros(raw: int) -> int:
+    return -(-raw // MILLION)
+
+
+def _prompt_raw(rates: Rates, usage: TokenUsage) -> int:
+    plain = max(0, usage.prompt - usage.cached - usage.cache_write - usage.audio_input)
+    return (
+        plain * rates.input
+        + usage.cached * rates.cached_input
+        + usage.cache_write * rates.cache_write
+        + usage.audio_input * rates.audio_input
+    )
+
+
+def _output_raw(rates: Rates, usage: TokenUsage) -> int:
+    plain = max(0, usage.output - usage.reasoning - usage.audio_output)
+    return plain * rates.output + usage.reasoning * rates.reasoning + usage.audio_output * rates.audio_output
+
+
+def _prompt_worst(rates: Rates) -> int:
+    return max(rates.input, rates.cached_input, rates.cache_write)
+
+
+def _output_worst(rates: Rates) -> int:
+    return max(rates.output, rates.reasoning)

@@ -1,0 +1,294 @@
+"""How many tokens a prompt has, before a provider says so: exact for text, an over-estimate for everything else.
+
+The rules were measured against the usage of recorded provider traffic (docs: wire contract, section 3). Text-only
+prompts come out to the token; tools, images, audio and files are estimates for the hold, and say so.
+Must not: raise on any decoded JSON (a malformed message is the provider's to refuse), read a clock, or load ranks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Literal, NamedTuple
+
+from metering.token_counter import Encoder, utf8_bytes
+
+PromptKind = Literal["counted", "estimated"]
+
+MESSAGE_TOKENS: Final = 3
+"""Around each message, beside its role and content."""
+
+TOOL_CALL_TOKENS: Final = 8
+"""Around each tool call of an earlier turn, beside its name and arguments (measured: 7)."""
+
+AUDIO_TOKENS_PER_BYTE: Final = (1, 400)
+"""10 tokens a second at 4 KB a second, the thinnest common coding; denser ones are over-estimated."""
+
+FILE_TOKENS_UNKNOWN: Final = 10_000
+"""A file known by its id or address only."""
+
+FILE_TOKENS_MAX: Final = 130_000
+"""The most that one file can weigh: about a whole context."""
+
+DEPTH_MAX: Final = 64
+"""Nesting that the renderer of tools follows; deeper parts count as `any`."""
+
+_NEWER = re.compile(r"o[1-9]|gpt-(?:[5-9]|[1-9][0-9])")
+"""o-series and gpt-5 and later: another end of the prompt, and a longer preamble for tools."""
+
+# (tokens of a low-detail image, of one whose size is unknown). Tiles: at most 8 of them after fitting 2048 and 768;
+# patches: the budget times the multiplier. First match wins.
+_IMAGE_TOKENS: Final = tuple(
+    (re.compile(pattern), low, high)
+    for pattern, low, high in (
+        (r"gpt-4o-mini", 2833, 2833 + 8 * 5667),
+        (r"gpt-4\.1-mini|gpt-5-mini", 2489, 2489),
+        (r"gpt-4\.1-nano|gpt-5-nano", 3779, 3779),
+        (r"o4-mini", 2642, 2642),
+        (r"gpt-4|chatgpt", 85, 85 + 8 * 170),
+        (r"o[1-3]", 75, 75 + 8 * 150),
+        (r"gpt-5(?:\.1)?(?:-|$)", 70, 70 + 8 * 140),
+        (r"computer-use", 65, 65 + 8 * 129),
+        (r"", 3000, 3000),
+    )
+)
+IMAGE_TOKENS_ORIGINAL: Final = 12_000
+"""`detail: original` of the newest models: a budget of 10,000 patches times 1.2."""
+
+
+class PromptEstimate(NamedTuple):
+    """`counted` when only text was involved, `estimated` otherwise."""
+
+    tokens: int
+    kind: PromptKind
+
+
+def estimate_prompt(
+    encoding: Encoder,
+    model: str,
+    messages: object,
+    *,
+    tools: object = None,
+    functions: object = None,
+    response_format: object = None,
+) -> PromptEstimate:
+    """Tokens of a chat request's prompt. All parts are decoded JSON of any shape; nothing raises.
+
+    text: sum of (3 + n(role) + n(content) [+ 1 + n(name)]) + 3, or + 2 for o-series and gpt-5 and later;
+    tools: + n(their TypeScript rendering) + a constant of the model.
+    """
+    count = _Count(encoding, model)
+    newer = _NEWER.match(count.model) is not None
+    tokens = 2 if newer else 3
+    listed = messages if isinstance(messages, list) else [] if messages is None else [messages]
+    has_system = False
+    for message in listed:
+        tokens += count.message(message)
+        has_system = has_system or (isinstance(message, Mapping) and message.get("role") in ("system", "developer"))
+    rendered = render_tools(tools, functions)
+    if rendered:
+        count.kind = "estimated"
+        tokens += count.text(rendered) + (89 if newer else 4 if has_system else 9)
+    if isinstance(response_format, Mapping) and response_format.get("type") == "json_schema":
+        tokens += count.unknown(response_format)
+    return PromptEstimate(tokens, count.kind)
+
+
+def prompt_bytes(value: object) -> int:
+    """UTF-8 bytes of all text inside decoded JSON, roughly its size on the wire: lets the caller decide whether to
+    count on the event loop or beside it. Keys count too; numbers and the like as 4."""
+    total = 0
+    rest: list[object] = [value]
+    while rest:
+        item = rest.pop()
+        if isinstance(item, str):
+            total += utf8_bytes(item)
+        elif isinstance(item, Mapping):
+            rest.extend(item.keys())
+            rest.extend(item.values())
+        elif isinstance(item, list | tuple):
+            rest.extend(item)
+        else:
+            total += 4
+    return total
+
+
+class _Count:
+    """Counts the parts of one prompt and remembers whether any of them was only estimated."""
+
+    __slots__ = ("_encode", "kind", "model")
+
+    def __init__(self, encoding: Encoder, model: str) -> None:
+        self._encode = encoding.encode_ordinary
+        self.model = model.rpartition("/")[2].lower().removeprefix("ft:")
+        self.kind: PromptKind = "counted"
+
+    def text(self, text: str) -> int:
+        return len(self._encode(text)) if text else 0
+
+    def unknown(self, value: object) -> int:
+        """Something without a rule: a token for two bytes is more than any text needs."""
+        if value is None:
+            return 0
+        self.kind = "estimated"
+        return prompt_bytes(value) // 2 + 1
+
+    def message(self, message: object) -> int:
+        if not isinstance(message, Mapping):
+            return MESSAGE_TOKENS + self.unknown(message)
+        tokens = MESSAGE_TOKENS
+        for key, value in message.items():
+            if value is None or key == "tool_call_id":
+                continue
+            rule = _FIELDS.get(key)
+            tokens += rule(self, value) if rule else self.unknown(value)
+        return tokens
+
+    def plain(self, value: object) -> int:
+        return self.text(value) if isinstance(value, str) else self.unknown(value)
+
+    def name(self, value: object) -> int:
+        return 1 + self.plain(value)
+
+    def content(self, value: object) -> int:
+        if isinstance(value, str):
+            return self.text(value)
+        if isinstance(value, list):
+            return sum(self._part(part) for part in value)
+        return self.unknown(value)
+
+    def tool_calls(self, value: object) -> int:
+        self.kind = "estimated"
+        calls = value if isinstance(value, list) else [value]
+        return sum(self._tool_call(call) for call in calls)
+
+    def _tool_call(self, call: object) -> int:
+        if not isinstance(call, Mapping):
+            return self.unknown(call)
+        function = call.get("function") or call.get("custom") or call
+        if not isinstance(function, Mapping):
+            return TOOL_CALL_TOKENS + self.unknown(function)
+        body = function.get("arguments", function.get("input"))
+        return TOOL_CALL_TOKENS + self.plain(function.get("name")) + self.plain(body)
+
+    def _part(self, part: object) -> int:
+        if isinstance(part, str):
+            return self.text(part)
+        if not isinstance(part, Mapping):
+            return self.unknown(part)
+        kind = part.get("type")
+        if kind in ("text", "refusal") and isinstance(part.get(kind), str):
+            return self.text(part[kind])
+        rule = _PARTS.get(kind) if isinstance(kind, str) else None
+        if rule is None:
+            return self.unknown(part)
+        self.kind = "estimated"
+        body = part.get(str(kind))
+        return rule(self, body) if isinstance(body, Mapping) else self.unknown(part)
+
+    def _image(self, image: Mapping[str, Any]) -> int:
+        low, high = next((low, high) for pattern, low, high in _IMAGE_TOKENS if pattern.match(self.model))
+        detail = image.get("detail")
+        return low if detail == "low" else max(high, IMAGE_TOKENS_ORIGINAL) if detail == "original" else high
+
+    def _audio(self, audio: Mapping[str, Any]) -> int:
+        data = audio.get("data")
+        tokens, size = AUDIO_TOKENS_PER_BYTE
+        return (len(data) * 3 // 4 * tokens // size if isinstance(data, str) else FILE_TOKENS_UNKNOWN) + 1
+
+    def _file(self, file: Mapping[str, Any]) -> int:
+        data = file.get("file_data")
+        return min(FILE_TOKENS_MAX, len(data) // 4 + 1000) if isinstance(data, str) else FILE_TOKENS_UNKNOWN
+
+
+_FIELDS: Final[dict[object, Callable[[_Count, object], int]]] = {
+    "role": _Count.plain,
+    "content": _Count.content,
+    "name": _Count.name,
+    "refusal": _Count.plain,
+    "tool_calls": _Count.tool_calls,
+    "function_call": _Count.tool_calls,
+}
+_PARTS: Final[dict[str, Callable[[_Count, Mapping[str, Any]], int]]] = {
+    "image_url": _Count._image,
+    "input_audio": _Count._audio,
+    "file": _Count._file,
+}
+
+
+def render_tools(tools: object, functions: object = None) -> str:
+    """The tools as the TypeScript namespace that the models are shown; "" without any."""
+    listed = [*(tools if isinstance(tools, list) else []), *(functions if isinstance(functions, list) else [])]
+    lines = [line for tool in listed for line in _tool_lines(tool)]
+    if not lines:
+        return ""
+    return "\n".join(("namespace functions {", "", *lines, "} // namespace functions"))
+
+
+def _tool_lines(tool: object) -> Sequence[str]:
+    if not isinstance(tool, Mapping):
+        return (_plain(tool), "")
+    function = tool.get("function") or tool.get("custom") or tool
+    if not isinstance(function, Mapping):
+        return (_plain(function), "")
+    lines = _comment(function.get("description"))
+    parameters = function.get("parameters")
+    properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
+    name = function.get("name")
+    if isinstance(properties, Mapping) and properties:
+        lines += [f"type {_plain(name)} = (_: {{", *_property_lines(parameters, DEPTH_MAX), "}) => any;", ""]
+    else:
+        lines += [f"type {_plain(name)} = () => any;", ""]
+    for key in ("$defs", "definitions"):
+        shared = parameters.get(key) if isinstance(parameters, Mapping) else None
+        if isinstance(shared, Mapping):
+            lines += [_type(one, DEPTH_MAX) for one in shared.values()]
+    return [*lines, _plain(function["format"])] if "format" in function else lines
+
+
+def _plain(value: object) -> str:
+    """A scalar as written. Anything else as filler of half its bytes in words: an over-estimate that cannot fail."""
+    if isinstance(value, str):
+        return value
+    if value is None or isinstance(value, bool | float):
+        return str(value)
+    if isinstance(value, int):
+        return str(value) if value.bit_length() < 256 else "9" * (value.bit_length() // 3)
+    return "? " * (prompt_bytes(value) // 2 + 1)
+
+
+def _comment(text: object) -> list[str]:
+    return [f"// {line}" for line in text.splitlines()] if isinstance(text, str) else []
+
+
+def _property_lines(schema: Any, depth: int) -> list[str]:
+    """`schema` is an object schema with a mapping of properties."""
+    required = schema.get("required")
+    needed = {name for name in required if isinstance(name, str)} if isinstance(required, list) else set()
+    lines: list[str] = []
+    for name, one in schema["properties"].items():
+        if isinstance(one, Mapping):
+            lines += _comment(one.get("description"))
+        default = f" // default: {_plain(one['default'])}" if isinstance(one, Mapping) and "default" in one else ""
+        lines.append(f"{name}{'' if name in needed else '?'}: {_type(one, depth - 1)},{default}")
+    return lines
+
+
+def _type(schema: object, depth: int) -> str:
+    if not isinstance(schema, Mapping) or depth <= 0:
+        return "any"
+    for key in ("anyOf", "oneOf", "allOf"):
+        if isinstance(schema.get(key), list):
+            return " | ".join(_type(one, depth - 1) for one in schema[key])
+    if isinstance(schema.get("enum"), list):
+        return " | ".join(f'"{one}"' if isinstance(one, str) else _plain(one) for one in schema["enum"])
+    if "$ref" in schema:
+        return _plain(schema["$ref"])
+    kind = schema.get("type")
+    if isinstance(kind, list):
+        return " | ".join(_plain(one) for one in kind)
+    if kind == "array":
+        return f"{_type(schema.get('items'), depth - 1)}[]"
+    if kind == "object" and isinstance(schema.get("properties"), Mapping):
+        return "\n".join(("{", *_property_lines(schema, depth), "}"))
+    return "number" if kind == "integer" else _plain(kind or "any")

@@ -1,0 +1,102 @@
+"""`tollgate accounts`: who pays. Must not: touch credit or keys."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gateway.cli.context import Context, data_dir_option, with_stores
+from gateway.cli.money import format_credits
+from gateway.cli.output import emit_json, facts, json_option, table
+
+
+@click.group()
+def accounts() -> None:
+    """Accounts: who pays for sessions."""
+
+
+@accounts.command()
+@click.argument("name")
+@data_dir_option
+@json_option
+def create(name: str, data_dir: Path | None, as_json: bool) -> None:
+    """Make an account called NAME. Its id is minted.
+
+    \b
+    Example:
+      tollgate accounts create "Acme Ltd"
+    """
+    from accounts import admin
+
+    made = with_stores(data_dir, "creating the account", lambda ctx: admin.create_account(ctx.pool, name))
+    if as_json:
+        emit_json(asdict(made))
+    else:
+        facts(f"Account {made.name}", [("id", made.id), ("shard", made.shard), ("created", made.created_at)])
+
+
+@accounts.command()
+@click.argument("account", required=False)
+@data_dir_option
+@json_option
+def show(account: str | None, data_dir: Path | None, as_json: bool) -> None:
+    """Show ACCOUNT (its id or name) with its balance and keys; without it, list all accounts.
+
+    \b
+    Example:
+      tollgate accounts show "Acme Ltd"
+    """
+    if account is None:
+        _list(data_dir, as_json)
+        return
+    found, balance, keys = with_stores(data_dir, "reading the account", lambda ctx: _read(ctx, account))
+    in_force = [key.id for key in keys if key.revoked_at is None]
+    if as_json:
+        emit_json({**asdict(found), "balance": balance, "keys": in_force})
+        return
+    money = [(name, format_credits(balance[f"{name}_micros"])) for name in ("available", "held", "debt", "charged")]
+    facts(
+        f"Account {found.name}",
+        [
+            ("id", found.id),
+            ("shard", found.shard),
+            ("created", found.created_at),
+            *money,
+            ("open sessions", balance["open_sessions"]),
+            ("keys", ", ".join(in_force) or "-"),
+        ],
+    )
+
+
+def balance_document(balance: Any) -> dict[str, Any]:
+    """A ledger balance in decimal credits and in micros."""
+    names = ("available", "held", "debt", "charged")
+    micros = {f"{name}_micros": getattr(balance, name) for name in names}
+    return {
+        **{name: format_credits(getattr(balance, name)) for name in names},
+        **micros,
+        "open_sessions": balance.sessions,
+    }
+
+
+async def _read(ctx: Context, account: str) -> tuple[Any, dict[str, Any], list[Any]]:
+    from accounts import admin
+    from metering.ledger import AccountRef
+
+    found = await admin.find_account(ctx.pool, account)
+    balance = await ctx.ledger.balance(AccountRef(found.id, found.shard))
+    return found, balance_document(balance), await admin.list_keys(ctx.pool, found)
+
+
+def _list(data_dir: Path | None, as_json: bool) -> None:
+    from accounts import admin
+
+    found = with_stores(data_dir, "reading the accounts", lambda ctx: admin.list_accounts(ctx.pool))
+    if as_json:
+        emit_json({"accounts": [asdict(one) for one in found]})
+    else:
+        rows = [(one.id, one.name, one.shard, one.created_at) for one in found]
+        table("Accounts", ("id", "name", "shard", "created (UTC)"), rows, right=("shard",))

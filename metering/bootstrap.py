@@ -8,20 +8,24 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+from metering.journal_store import open_cursors, shards_without_journal
 from metering.keys import SHARDS
 from metering.redis_ledger import RedisLedger
-from storage.database import Connection
+from storage.database import Pool
 from storage.redis_client import RedisClient
 
 
-async def ensure_shards(redis: RedisClient, ledger: RedisLedger, connection: Connection) -> Sequence[int]:
-    """Create what may be created. Returns the shards that are missing in Redis though the journal knows them.
+async def ensure_shards(redis: RedisClient, ledger: RedisLedger, pool: Pool) -> Sequence[int]:
+    """Create what may be created, in Redis and as journal cursors. Returns the shards that are missing in Redis though
+    the journal knows them.
 
-    Raises LedgerUnavailable and `storage.database.FAILED`. Idempotent; several processes may run it at once.
+    Raises LedgerUnavailable, RedisUnavailable and `storage.database.FAILED`. Idempotent; several processes may run it
+    at once.
     """
-    rows = await connection.fetch("SELECT shard FROM shard_cursor WHERE n > 0 OR ep > 1")
-    known = {row["shard"] for row in rows}
-    await ledger.init_shards([shard.number for shard in SHARDS if shard.number not in known])
+    fresh = await shards_without_journal(pool)
+    await ledger.init_shards(sorted(fresh))
+    await open_cursors(pool, fresh)
     await ledger.start()
-    found = await asyncio.gather(*(redis.call("EXISTS", SHARDS[number].meta) for number in sorted(known)))
-    return [number for number, exists in zip(sorted(known), found, strict=True) if not exists]
+    known = [shard for shard in SHARDS if shard.number not in fresh]
+    found = await asyncio.gather(*(redis.call("EXISTS", shard.meta) for shard in known))
+    return [shard.number for shard, exists in zip(known, found, strict=True) if not exists]

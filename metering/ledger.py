@@ -90,6 +90,8 @@ class Progressed:
 
     held: int
     available: int
+    applied: bool = True
+    """False for a checkpoint older than the last one: nothing changed, and the lease was not renewed by this call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +125,82 @@ class Balance:
     debt: int
     charged: int
     sessions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """A session that was settled on behalf of its dead owner: charged what it had last metered."""
+
+    session: str
+    account: AccountRef
+    charged: int
+    absorbed: int
+    entry: int
+
+
+@dataclass(frozen=True, slots=True)
+class GrantRequest:
+    """Credit to issue. `expires_ms` is 0 for never; `priority` 0 (first) to 99; ids match ``[A-Za-z0-9_-]{1,64}``."""
+
+    id: str
+    account: AccountRef
+    amount: int
+    priority: int = 50
+    expires_ms: int = 0
+    created_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """The grant is in force; `entry` is its journal number and `repaid` the part that went to debt at once."""
+
+    available: int
+    entry: int
+    repaid: int
+    repeated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GrantRefused:
+    """Nothing changed: the id stands for another grant, 64 grants are open, or a value is out of its bounds."""
+
+    reason: Literal["conflict", "full", "bounds"]
+
+
+@dataclass(frozen=True, slots=True)
+class GrantState:
+    """One grant's parts: issued = available + held + consumed + expired + voided."""
+
+    issued: int
+    available: int
+    held: int
+    consumed: int
+    expired: int
+    voided: int
+    expires_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class SessionState:
+    """An open session: what it holds (also per grant), what it metered, and its lease's end on the shard's clock."""
+
+    held: int
+    metered: int
+    slices: dict[str, int]
+    lease_until_ms: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """An account at one instant: the state after journal entry `entry` of epoch `epoch`."""
+
+    epoch: int
+    entry: int
+    now_ms: int
+    balance: Balance
+    grants: dict[str, GrantState]
+    burn_order: tuple[str, ...]
+    sessions: dict[str, SessionState]
 
 
 class LedgerError(Exception):

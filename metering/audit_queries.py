@@ -1,0 +1,203 @@
+"""The audit's Postgres side: one account's projection up to a journal position, and the checks of the whole ledger.
+
+Must not: write, or compare with Redis (`reconcile` does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from metering.grants import to_ms
+from storage.database import Connection, Pool
+
+
+@dataclass(frozen=True, slots=True)
+class GrantRows:
+    """One grant as the rows say. `issued` and `expires_ms` come from its own row; `held` is what is not yet spent."""
+
+    issued: int | None
+    expires_ms: int | None
+    confirmed: bool
+    held: int
+    consumed: int
+    expired: int
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """One account's sums over the journal up to a position. `charged` and `absorbed` come from the postings."""
+
+    debt: int
+    charged: int
+    absorbed: int
+    session_charged: int
+    session_absorbed: int
+    grants: dict[str, GrantRows]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One row that breaks a rule: whose, which rule and where, what was expected and what is there."""
+
+    account: str
+    what: str
+    expected: int | str | None
+    found: int | str | None
+
+
+_UNTIL = "e.account_id = $1 AND e.shard = $2 AND (e.ep, e.n) <= ($3, $4)"
+_LEDGERS = f"""
+    SELECT p.ledger, sum(p.amount)::bigint AS amount FROM entry e JOIN posting p USING (shard, ep, n)
+    WHERE {_UNTIL} GROUP BY p.ledger"""  # noqa: S608
+_TAKEN = f"""
+    SELECT c.grant_id, sum(c.amount)::bigint AS consumed, sum(c.breakage)::bigint AS expired
+    FROM entry e JOIN consumption c USING (shard, ep, n) WHERE {_UNTIL} GROUP BY c.grant_id"""  # noqa: S608
+_SESSIONS = f"""
+    SELECT coalesce(sum(e.charged), 0)::bigint AS charged, coalesce(sum(e.absorbed), 0)::bigint AS absorbed
+    FROM session e WHERE {_UNTIL}"""  # noqa: S608
+_GRANTS = "SELECT id, amount, expires_at, applied_n FROM grant_ WHERE account_id = $1"
+
+
+async def projection(connection: Connection, account: str, shard: int, epoch: int, entry: int) -> Projection:
+    """What the journal says of the account up to entry (epoch, entry), which must have arrived."""
+    at = (account, shard, epoch, entry)
+    sums = {row["ledger"]: row["amount"] for row in await connection.fetch(_LEDGERS, *at)}
+    taken = {row["grant_id"]: row for row in await connection.fetch(_TAKEN, *at)}
+    own = {row["id"]: row for row in await connection.fetch(_GRANTS, account)}
+    sessions = await connection.fetchrow(_SESSIONS, *at)
+    posted = {name.removeprefix("user:avail:") for name in sums if name.startswith("user:avail:")}
+    return Projection(
+        debt=-sums.get("user:debt", 0),
+        charged=sums.get("earned", 0) + sums.get("house:absorbed", 0),
+        absorbed=-sums.get("house:absorbed", 0),
+        session_charged=sessions["charged"],
+        session_absorbed=sessions["absorbed"],
+        grants={
+            gid: _grant_rows(own.get(gid), taken.get(gid), sums.get(f"user:avail:{gid}", 0))
+            for gid in posted | taken.keys() | {gid for gid, row in own.items() if row["applied_n"] is not None}
+        },
+    )
+
+
+def _grant_rows(own: Any, taken: Any, held: int) -> GrantRows:
+    return GrantRows(
+        issued=own["amount"] if own else None,
+        expires_ms=None if own is None else to_ms(own["expires_at"]) if own["expires_at"] else 0,
+        confirmed=own is not None and own["applied_n"] is not None,
+        held=held,
+        consumed=taken["consumed"] if taken else 0,
+        expired=taken["expired"] if taken else 0,
+    )
+
+
+# Each answers account, place, expected, found for every row that breaks the rule. One statement sees one instant.
+_RULES: tuple[tuple[str, str], ...] = (
+    (
+        "postings of an entry sum to zero",
+        "SELECT e.account_id AS account, p.at AS place, 0 AS expected, p.amount AS found FROM ("
+        "SELECT shard, ep, n, format('%s:%s-%s', shard, ep, n) AS at, sum(amount)::bigint AS amount "
+        "FROM posting GROUP BY shard, ep, n HAVING sum(amount) <> 0) p LEFT JOIN entry e USING (shard, ep, n)",
+    ),
+    (
+        "a posting belongs to an entry",
+        "SELECT NULL AS account, format('%s:%s-%s', p.shard, p.ep, p.n) AS place, 'an entry' AS expected, "
+        "NULL AS found FROM posting p LEFT JOIN entry e USING (shard, ep, n) WHERE e.n IS NULL",
+    ),
+    (
+        "entries are gap-free and end at the cursor",
+        "SELECT NULL AS account, "
+        "format('shard %s epoch %s', coalesce(c.shard, e.shard), coalesce(c.ep, e.ep)) AS place, "
+        "coalesce(CASE WHEN c.n IS NOT NULL THEN c.n ELSE e.last END, 0) AS expected, coalesce(e.count, 0) AS found "
+        "FROM shard_cursor c FULL JOIN (SELECT shard, ep, count(*) AS count, min(n) AS first, max(n) AS last FROM "
+        "(SELECT shard, ep, n FROM entry UNION ALL SELECT shard, ep, n FROM outbox_dead) arrived GROUP BY shard, ep) e "
+        "ON e.shard = c.shard AND e.ep = c.ep "
+        "WHERE coalesce(e.count, 0) <> coalesce(e.last, 0) OR coalesce(e.first, 1) <> 1 OR c.n <> coalesce(e.last, 0)",
+    ),
+    (
+        "a session has one terminal entry",
+        "SELECT min(account_id) AS account, sid AS place, 1 AS expected, count(*) AS found FROM entry "
+        "WHERE sid IS NOT NULL GROUP BY sid HAVING count(*) <> 1",
+    ),
+    (
+        "a terminal entry has its session and a session its entry",
+        "SELECT coalesce(e.account_id, s.account_id) AS account, coalesce(e.sid, s.sid) AS place, "
+        "e.sid AS expected, s.sid AS found FROM (SELECT * FROM entry WHERE sid IS NOT NULL) e "
+        "FULL JOIN session s USING (shard, ep, n) "
+        "WHERE e.sid IS DISTINCT FROM s.sid OR e.account_id IS DISTINCT FROM s.account_id",
+    ),
+    (
+        "a session's charge is what its entry earned",
+        "SELECT s.account_id AS account, s.sid AS place, s.charged AS expected, coalesce(p.amount, 0) AS found "
+        "FROM session s LEFT JOIN (SELECT shard, ep, n, "
+        "coalesce(sum(amount) FILTER (WHERE ledger IN ('earned', 'house:absorbed')), 0)::bigint AS amount, "
+        "coalesce(-sum(amount) FILTER (WHERE ledger = 'house:absorbed'), 0)::bigint AS absorbed "
+        "FROM posting GROUP BY shard, ep, n) p USING (shard, ep, n) "
+        "WHERE s.charged <> coalesce(p.amount, 0) OR s.absorbed <> coalesce(p.absorbed, 0)",
+    ),
+    (
+        "a grant's postings are its amount less its consumption",
+        "SELECT g.account_id AS account, g.id AS place, g.amount - coalesce(c.taken, 0) AS expected, "
+        "coalesce(p.amount, 0) AS found FROM grant_ g "
+        "LEFT JOIN (SELECT grant_id, sum(amount + breakage)::bigint AS taken FROM consumption GROUP BY 1) c "
+        "ON c.grant_id = g.id LEFT JOIN (SELECT substr(ledger, 12) AS gid, sum(amount)::bigint AS amount FROM posting "
+        "WHERE ledger LIKE 'user:avail:%' GROUP BY 1) p ON p.gid = g.id "
+        "WHERE g.applied_n IS NOT NULL AND g.amount - coalesce(c.taken, 0) <> coalesce(p.amount, 0)",
+    ),
+    (
+        "usage sums equal the sessions",
+        "SELECT coalesce(s.account_id, u.account_id) AS account, 'charged' AS place, "
+        "coalesce(s.charged, 0) AS expected, coalesce(u.charged, 0) AS found FROM "
+        "(SELECT account_id, sum(charged)::bigint AS charged, count(*) AS sessions FROM session GROUP BY 1) s "
+        "FULL JOIN "
+        "(SELECT account_id, sum(charged)::bigint AS charged, sum(sessions)::bigint AS sessions FROM usage_rollup "
+        "GROUP BY 1) u USING (account_id) WHERE (s.charged, s.sessions) IS DISTINCT FROM (u.charged, u.sessions)",
+    ),
+    (
+        "no entry is dead",
+        "SELECT NULL AS account, format('%s:%s-%s', shard, ep, n) AS place, NULL AS expected, reason AS found "
+        "FROM outbox_dead",
+    ),
+    (
+        "a confirmed grant has its entry",
+        "SELECT g.account_id AS account, g.id AS place, 'grant' AS expected, e.type AS found FROM grant_ g "
+        "JOIN account a ON a.id = g.account_id LEFT JOIN entry e ON e.shard = a.shard AND e.ep = g.applied_epoch "
+        "AND e.n = g.applied_n AND e.account_id = g.account_id AND e.type = 'grant' "
+        "WHERE g.applied_n IS NOT NULL AND e.n IS NULL",
+    ),
+    (
+        "an account's entries lie in its shard",
+        "SELECT DISTINCT e.account_id AS account, format('shard %s', e.shard) AS place, a.shard::text AS expected, "
+        "e.shard::text AS found FROM entry e LEFT JOIN account a ON a.id = e.account_id "
+        "WHERE a.shard IS DISTINCT FROM e.shard",
+    ),
+)
+
+
+async def broken_rules(pool: Pool, timeout_s: float) -> list[Finding]:
+    """Every row of the whole ledger that breaks a rule of its own, without looking at Redis. Raises FAILED."""
+    findings = []
+    async with pool.acquire() as connection:
+        for rule, query in _RULES:
+            findings += [
+                Finding(row["account"] or "", f"{rule}: {row['place']}", row["expected"], row["found"])
+                for row in await connection.fetch(query, timeout=timeout_s)
+            ]
+    return findings
+
+
+async def accounts(pool: Pool, only: Sequence[str] | None) -> dict[str, int]:
+    """Account id -> shard, of all or of those named."""
+    rows = await pool.fetch("SELECT id, shard FROM account WHERE $1::text[] IS NULL OR id = ANY($1) ORDER BY id", only)
+    return {row["id"]: row["shard"] for row in rows}
+
+
+async def pending_grants(pool: Pool, only: Sequence[str] | None) -> tuple[str, ...]:
+    """Ids of effective grants that the journal has not confirmed yet."""
+    rows = await pool.fetch(
+        "SELECT id FROM grant_ WHERE applied_n IS NULL AND effective_at <= now() "
+        "AND ($1::text[] IS NULL OR account_id = ANY($1)) ORDER BY id",
+        only,
+    )
+    return tuple(row["id"] for row in rows)

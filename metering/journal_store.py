@@ -1,0 +1,182 @@
+"""The journal's statements: cursors, temporary tables, conflict-proof inserts, and the comparison after a conflict.
+
+Must not: open a transaction (the flusher does), read Redis, or swallow a conflict whose content differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
+from itertools import chain
+from typing import Any
+
+from metering.journal_rows import (
+    CONSUMPTION_COLUMNS,
+    ENTRY_COLUMNS,
+    POSTING_COLUMNS,
+    SESSION_COLUMNS,
+    Row,
+    Rows,
+)
+from storage.database import Connection, Pool
+
+Cursor = tuple[int, int]
+"""(epoch, n) of the last entry that arrived."""
+
+_TABLES: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
+    "session": (SESSION_COLUMNS, ("month", "sid")),
+    "entry": (ENTRY_COLUMNS, ("shard", "ep", "n")),
+    "posting": (POSTING_COLUMNS, ("shard", "ep", "n", "leg")),
+    "consumption": (CONSUMPTION_COLUMNS, ("shard", "ep", "n", "grant_id")),
+}
+_SUMS = (
+    "sessions", "charged", "absorbed", "prompt_tokens", "cached_tokens", "cache_write_tokens", "output_tokens",
+    "reasoning_tokens",
+)  # fmt: skip
+_COUNTS = _SUMS[1:]
+
+
+def _insert(table: str) -> str:
+    columns = ", ".join(_TABLES[table][0])
+    return f"INSERT INTO {table} ({columns}) SELECT {columns} FROM new_{table} ON CONFLICT DO NOTHING"  # noqa: S608
+
+
+# The rollup counts only sessions that were new here: a repeat inserts nothing and so adds nothing.
+_INSERT_SESSIONS = f"""
+    WITH fresh AS ({_insert("session")}
+        RETURNING shard, account_id, ended_at, route, provider, model, {", ".join(_COUNTS)}
+    ), summed AS (
+        INSERT INTO usage_rollup AS kept (shard, account_id, day, route, provider, model, {", ".join(_SUMS)})
+        SELECT shard, account_id, (ended_at AT TIME ZONE 'UTC')::date, coalesce(route, ''), coalesce(provider, ''),
+            coalesce(model, ''), count(*), {", ".join(f"coalesce(sum({name}), 0)::bigint" for name in _COUNTS)}
+        FROM fresh GROUP BY 1, 2, 3, 4, 5, 6
+        ON CONFLICT (shard, account_id, day, route, provider, model)
+        DO UPDATE SET {", ".join(f"{name} = kept.{name} + excluded.{name}" for name in _SUMS)}
+    ) SELECT count(*) FROM fresh
+"""  # noqa: S608  (names from the tuples above)
+
+
+def _compare(table: str) -> str:
+    columns, key = _TABLES[table]
+    same = " AND ".join(f"old.{name} = new.{name}" for name in key)
+    new, old = (", ".join(f"{side}.{name}" for name in columns) for side in ("new", "old"))
+    return (
+        f"SELECT DISTINCT new.shard FROM new_{table} AS new LEFT JOIN {table} AS old ON {same} "  # noqa: S608
+        f"WHERE ROW({new}) IS DISTINCT FROM ROW({old})"
+    )
+
+
+class Divergence(Exception):
+    """Rows of these shards exist already with another content: two histories. Nothing was written."""
+
+    def __init__(self, shards: frozenset[int]) -> None:
+        super().__init__(f"shards {sorted(shards)}: rows exist already with another content")
+        self.shards = shards
+
+
+async def shards_without_journal(pool: Pool, shards: Sequence[int] = range(128)) -> dict[int, int]:
+    """Shard -> epoch of the shards whose journal holds nothing: only these may be initialised in Redis."""
+    known = {row["shard"]: row for row in await pool.fetch("SELECT shard, ep, n FROM shard_cursor")}
+    return {
+        shard: known[shard]["ep"] if shard in known else 1
+        for shard in shards
+        if shard not in known or known[shard]["n"] == 0
+    }
+
+
+async def open_cursors(pool: Pool, epochs: Mapping[int, int]) -> None:
+    """Give shards a cursor at the start of their epoch; one that exists stays. Call after the shard's Redis `init`."""
+    await pool.execute(
+        "INSERT INTO shard_cursor (shard, ep, n) SELECT shard, ep, 0 FROM unnest($1::smallint[], $2::int[]) "
+        "AS opened(shard, ep) ON CONFLICT DO NOTHING",
+        list(epochs),
+        list(epochs.values()),
+    )
+
+
+async def prepare(connection: Connection) -> None:
+    """Create the connection's temporary tables (once per connection; each commit empties them)."""
+    for table in _TABLES:
+        await connection.execute(f"CREATE TEMPORARY TABLE new_{table} (LIKE {table}) ON COMMIT DELETE ROWS")
+
+
+async def cursors(connection: Connection) -> dict[int, Cursor]:
+    """Every shard's cursor, without a lock."""
+    found = await connection.fetch("SELECT shard, ep, n FROM shard_cursor")
+    return {row["shard"]: (row["ep"], row["n"]) for row in found}
+
+
+async def lock(connection: Connection, shards: Iterable[int]) -> dict[int, Cursor]:
+    """Lock the cursors that no other flusher holds, in shard order, until the transaction ends."""
+    found = await connection.fetch(
+        "SELECT shard, ep, n FROM shard_cursor WHERE shard = ANY($1::smallint[]) ORDER BY shard FOR UPDATE SKIP LOCKED",
+        list(shards),
+    )
+    return {row["shard"]: (row["ep"], row["n"]) for row in found}
+
+
+async def write(connection: Connection, parts: Sequence[Rows]) -> None:
+    """Insert the rows; rows that exist with the same content are fine. Raises Divergence, or FAILED."""
+    short = []
+    for table, (columns, _key) in _TABLES.items():
+        records: list[Row] = list(chain.from_iterable(getattr(part, table) for part in parts))
+        if not records:
+            continue
+        await connection.copy_records_to_table(f"new_{table}", records=records, columns=columns)
+        if await _inserted(connection, table) != len(records):
+            short.append(table)
+    diverging = [row["shard"] for table in short for row in await connection.fetch(_compare(table))]
+    if diverging:
+        raise Divergence(frozenset(diverging))
+    await _confirm(connection, list(chain.from_iterable(part.confirmed for part in parts)))
+
+
+async def _inserted(connection: Connection, table: str) -> int:
+    if table == "session":
+        return int(await connection.fetchval(_INSERT_SESSIONS))
+    return int((await connection.execute(_insert(table))).rpartition(" ")[2])
+
+
+async def _confirm(connection: Connection, confirmed: Sequence[Row]) -> None:
+    if confirmed:
+        await connection.execute(
+            "UPDATE grant_ SET applied_epoch = done.ep, applied_n = done.n "
+            "FROM unnest($1::text[], $2::int[], $3::bigint[]) AS done(id, ep, n) "
+            "WHERE grant_.id = done.id AND grant_.applied_n IS NULL",
+            *map(list, zip(*confirmed, strict=True)),
+        )
+
+
+async def bury(connection: Connection, dead: Sequence[tuple[int, int, int, str, str]]) -> None:
+    """Keep entries that cannot become rows: (shard, ep, n, payload as JSON, reason)."""
+    if dead:
+        await connection.execute(
+            "INSERT INTO outbox_dead (shard, ep, n, payload, reason) "
+            "SELECT shard, ep, n, payload::jsonb, reason "
+            "FROM unnest($1::smallint[], $2::int[], $3::bigint[], $4::text[], $5::text[]) "
+            "AS dead(shard, ep, n, payload, reason) ON CONFLICT DO NOTHING",
+            *map(list, zip(*dead, strict=True)),
+        )
+
+
+async def advance(connection: Connection, ends: Mapping[int, Cursor]) -> None:
+    """Move locked cursors to the last entry of their batch."""
+    await connection.execute(
+        "UPDATE shard_cursor SET ep = moved.ep, n = moved.n, updated_at = now() "
+        "FROM unnest($1::smallint[], $2::int[], $3::bigint[]) AS moved(shard, ep, n) "
+        "WHERE shard_cursor.shard = moved.shard",
+        list(ends),
+        [ep for ep, _ in ends.values()],
+        [n for _, n in ends.values()],
+    )
+
+
+def months(parts: Sequence[Rows]) -> set[date]:
+    """The months that the sessions belong to."""
+    return {session[0] for part in parts for session in part.session}
+
+
+async def dead_count(connection: Connection) -> int:
+    """How many entries wait in the dead table."""
+    counted: Any = await connection.fetchval("SELECT count(*) FROM outbox_dead")
+    return int(counted)

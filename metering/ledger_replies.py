@@ -1,0 +1,98 @@
+"""What the scripts answer, in the ledger's words: replies and server errors become typed values.
+
+Must not: talk to Redis. A reply whose first word nobody expects is a LedgerError, never a guess.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from metering.ledger import (
+    Balance,
+    Gone,
+    GrantState,
+    LedgerError,
+    LedgerUnavailable,
+    RefusalReason,
+    SessionState,
+    Settled,
+    Snapshot,
+)
+from metering.scripts import Script
+from storage.redis_client import RedisReplyError
+
+REFUSALS: dict[bytes, RefusalReason] = {
+    b"BALANCE": "balance",
+    b"IN_FLIGHT": "in_flight",
+    b"REQUESTS": "requests",
+    b"PARALLEL": "parallel",
+    b"DEBT": "debt",
+    b"BLOCKED": "blocked",
+    b"CONFLICT": "conflict",
+    b"TOMBSTONE": "tombstone",
+    b"FINISHED": "finished",
+}
+_NOT_NOW = frozenset(
+    ("OOM", "MISCONF", "READONLY", "LOADING", "BUSY", "MASTERDOWN", "NOREPLICAS", "CLUSTERDOWN", "TRYAGAIN")
+)
+"""Error codes with which a server says that it did not run the script and may do so later."""
+
+
+def translated(error: RedisReplyError) -> LedgerError:
+    return LedgerUnavailable(str(error)) if error.code in _NOT_NOW else LedgerError(str(error))
+
+
+def refused(script: Script, reply: list[Any]) -> LedgerError:
+    return LedgerError(f"{script.name} refused: {b' '.join(reply[:2]).decode(errors='replace')}")
+
+
+def gone(script: Script, reply: list[Any]) -> Gone:
+    code = reply[0]
+    if code == b"FINAL":
+        return Gone("final", int(reply[1]))
+    if code == b"FENCED":
+        return Gone("fenced")
+    if code == b"UNKNOWN":
+        return Gone("unknown")
+    raise refused(script, reply)
+
+
+def ended(script: Script, reply: list[Any], *, swept_is_gone: bool) -> Settled | Gone:
+    code = reply[0]
+    if code == b"SETTLED" or (code == b"FINAL" and not (swept_is_gone and reply[5] == b"swept")):
+        return Settled(int(reply[1]), int(reply[2]), int(reply[3]), int(reply[4]), code == b"FINAL")
+    return gone(script, reply)
+
+
+def read_snapshot(reply: list[Any]) -> Snapshot:
+    row = _pairs(reply[4])
+    parts: dict[str, dict[str, int]] = {}
+    for name, value in _pairs(reply[5]).items():
+        gid, _, part = name.rpartition(":")
+        parts.setdefault(gid, {})[part] = int(value)
+    grants = {gid: GrantState(*(part.get(name, 0) for name in "iahcxve")) for gid, part in parts.items()}
+    sessions = {sid.decode(): _read_session(rest) for sid, state, *rest in reply[7] if state == b"H"}
+    return Snapshot(
+        epoch=int(reply[1]),
+        entry=int(reply[2]),
+        now_ms=int(reply[3]),
+        balance=Balance(*(int(row.get(name, 0)) for name in ("av", "hd", "db", "tc", "ns"))),
+        grants=grants,
+        burn_order=tuple(member.decode().split("|", 3)[3] for member in reply[6]),
+        sessions=sessions,
+    )
+
+
+def _read_session(fields: list[bytes]) -> SessionState:
+    _, held, metered, slices, deadline = fields
+    parts = (part.partition("=") for part in slices.decode().split(",") if part)
+    return SessionState(
+        held=int(held),
+        metered=int(metered),
+        slices={gid: int(micros) for gid, _, micros in parts},
+        lease_until_ms=int(deadline) if deadline else None,
+    )
+
+
+def _pairs(flat: list[bytes]) -> dict[str, str]:
+    return {flat[i].decode(): flat[i + 1].decode() for i in range(0, len(flat), 2)}

@@ -1,0 +1,87 @@
+#!lua
+-- reserve: admits a session and holds up to `want` micros for it, at least `minimum`, all or nothing.
+-- In this order: the session's own past, the account (blocked, debt), the key's limits, the credit.
+-- A refusal stores nothing, so the same session may try again after a top-up. Idempotent by session id.
+-- `rpm` and `parallel` are the key's limits, '' for none; they are counted only when the session is admitted.
+-- KEYS: meta account order grants session leases limits
+-- ARGV: ep uid sid kid owner body price metadata want minimum prompt lease rpm parallel
+-- RETURN: HELD|EXISTS held available fence lease_ms | BALANCE|IN_FLIGHT|REQUESTS|PARALLEL|DEBT|BLOCKED|CONFLICT|TOMBSTONE|FINISHED available held retry_after_ms | EPOCH | BOUNDS what
+local meta, account, order, grants, session, leases, limits = unpack(KEYS)
+local ep, uid, sid, kid, owner, body, price, metadata, want, minimum, prompt, lease, rpm, parallel = unpack(ARGV)
+if #KEYS ~= 7 or #ARGV ~= 14 then return { 'BOUNDS', 'arity' } end
+
+if not (id(uid) and id(sid) and id(kid)) then return { 'BOUNDS', 'id' } end
+if not (word(owner) and word(body) and word(price)) then return { 'BOUNDS', 'word' } end
+if #metadata > 4096 then return { 'BOUNDS', 'metadata' } end
+local want_n, minimum_n, prompt_n, lease_n = amount(want), amount(minimum), amount(prompt), amount(lease)
+if not (want_n and minimum_n and prompt_n) or want_n < minimum_n then return { 'BOUNDS', 'amount' } end
+if not lease_n or lease_n == 0 or lease_n > 86400000 then return { 'BOUNDS', 'lease' } end
+local rpm_n, parallel_n = rpm ~= '' and amount(rpm), parallel ~= '' and amount(parallel)
+if rpm_n == nil or parallel_n == nil then return { 'BOUNDS', 'limits' } end
+
+local now, _, saved = enter(meta, ep)
+if not now then return { 'EPOCH' } end
+local row = call('HMGET', account, 'av', 'hd', 'db', 'ns', 'blk')
+local available, held, debt, open = stored(row[1]), stored(row[2]), stored(row[3]), stored(row[4])
+
+local function refuse(code, spendable, retry)
+  return { code, text(spendable), text(held), text(retry) }
+end
+
+-- The session's own past.
+local state = call('HGET', session, 'st')
+if state == 'V' then return refuse('TOMBSTONE', available, 0) end
+if state == 'T' then return refuse('FINISHED', available, 0) end
+if state then
+  local past = call('HMGET', session, 'bh', 'u', 'k', 'ow', 'h', 'f')
+  if past[1] ~= body or past[2] ~= uid or past[3] ~= kid or past[4] ~= owner then
+    return refuse('CONFLICT', available, 0)
+  end
+  local deadline = tonumber(call('ZSCORE', leases, format('%s|%s', uid, sid)) or '0')
+  return { 'EXISTS', past[5], text(available), past[6], text(math.max(0, deadline - now)) }
+end
+
+-- The account.
+if row[5] and row[5] ~= '0' then return refuse('BLOCKED', available, 0) end
+if debt > 0 then return refuse('DEBT', available, 0) end
+
+-- The key: `p` open sessions; `q` admissions ever under a rate; `w<j>` the time of admission j; `lo` the oldest kept.
+-- A missing w<j> was older than a minute when it was dropped, so changing the limit keeps the window exact.
+local used = rpm_n and call('HMGET', limits, 'p', 'q', 'lo') or { call('HGET', limits, 'p') }
+local slots, admitted, oldest = stored(used[1]), stored(used[2]), stored(used[3])
+if rpm_n then
+  if rpm_n == 0 then return refuse('REQUESTS', available, 0) end
+  local at = admitted >= rpm_n and call('HGET', limits, format('w%.0f', admitted - rpm_n))
+  local frees = at and stored(at) + 60000 or 0
+  if frees > now then return refuse('REQUESTS', available, frees - now) end
+end
+if parallel_n and slots >= parallel_n then return refuse('PARALLEL', available, 1000) end
+
+-- The credit. A plan that falls short has seen every grant, so `got` is all that could be spent.
+local plan, taken = plan_take(order, grants, want_n, now)
+if taken < minimum_n then
+  if taken + held < minimum_n then return refuse('BALANCE', taken, 0) end
+  return refuse('IN_FLIGHT', taken, 1000)
+end
+call('ZCARD', leases)
+
+-- Writes: nothing below can fail.
+local got, left, moment = text(taken), text(available - taken), text(now)
+if now > saved then call('HSET', meta, 'clk', moment) end
+call('HSET', session, 'st', 'H', 'f', moment, 'u', uid, 'k', kid, 'h', got, 'm', '0', 'q', '0', 'pc', text(prompt_n),
+  'ow', owner, 'bh', body, 'pv', price, 'mt', metadata, 'ts', moment, 'sl', write_slices(plan))
+call('HSET', account, 'av', left, 'hd', text(held + taken), 'ns', text(open + 1))
+hold(grants, plan)
+call('ZADD', leases, text(now + lease_n), format('%s|%s', uid, sid))
+if not rpm_n then
+  call('HSET', limits, 'p', text(slots + 1))
+else
+  local drop = {}
+  while oldest <= admitted - rpm_n and #drop < 16 do
+    drop[#drop + 1] = format('w%.0f', oldest)
+    oldest = oldest + 1
+  end
+  if #drop > 0 then call('HDEL', limits, unpack(drop)) end
+  call('HSET', limits, 'p', text(slots + 1), 'q', text(admitted + 1), 'lo', text(oldest), format('w%.0f', admitted), moment)
+end
+return { 'HELD', got, left, moment, text(lease_n) }

@@ -1,0 +1,375 @@
+"""The ledger on Redis: each verb is one script call, typed on both sides.
+
+Must not: decide how much to hold or charge, retry a reserve or a progress (their callers do), or spell a key or a
+script. Every verb is idempotent, so after LedgerUnavailable (outcome unknown) the same call may be made again.
+The four hot verbs place their words by position; `RedisLedger` checks those positions against the headers once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Iterable
+from typing import Any, TypeVar
+
+from metering import ledger_replies, scripts
+from metering.keys import SHARD_COUNT, SHARDS
+from metering.ledger import (
+    AccountRef,
+    Balance,
+    Gone,
+    Granted,
+    GrantRefused,
+    GrantRequest,
+    Held,
+    HoldRequest,
+    LedgerError,
+    LedgerFrozen,
+    LedgerUnavailable,
+    Outcome,
+    Progressed,
+    Refused,
+    SessionRef,
+    Settled,
+    Snapshot,
+    Swept,
+)
+from metering.ledger_replies import REFUSALS
+from metering.scripts import Caller, Script, Word
+from storage.redis_client import RedisReplyError, RedisUnavailable
+
+T = TypeVar("T")
+
+SNAPSHOT_TRIES = 5
+RETRY_FIRST_S = 0.05
+
+_RESERVE_KEYS = "meta account order grants session leases limits"
+_RESERVE_ARGS = "ep uid sid kid owner body price metadata want minimum prompt lease rpm parallel"
+_PROGRESS_KEYS = "meta account order grants session leases"
+_PROGRESS_ARGS = "ep uid sid fence q metered want lease"
+_FINISH_KEYS = "meta account order grants session leases limits outbox"
+_SETTLE_ARGS = "ep uid sid kid fence charge outcome metadata"
+_VOID_ARGS = "ep uid sid kid fence metadata"
+_SWEEP_ARGS = "ep uid sid kid"
+
+
+class RedisLedger:
+    """One process's ledger. `lease_ms` is what reserve and progress ask for.
+
+    settle and void repeat themselves while Redis gives no answer, at most `tries` times within `budget_ms`.
+    """
+
+    def __init__(
+        self,
+        client: Caller,
+        *,
+        lease_ms: int = 15_000,
+        tries: int = 4,
+        budget_ms: int = 10_000,
+        loaded: dict[str, Script] | None = None,
+    ) -> None:
+        self._client = client
+        self._lease_ms = lease_ms
+        self._tries = tries
+        self._budget_s = budget_ms / 1000
+        self._scripts = loaded or scripts.load()
+        self._reserve, self._progress = self._scripts["reserve"], self._scripts["progress"]
+        self._settle, self._void, self._sweep = (self._scripts[name] for name in ("settle", "void", "sweep"))
+        self._reserve.check(_RESERVE_KEYS, _RESERVE_ARGS)
+        self._progress.check(_PROGRESS_KEYS, _PROGRESS_ARGS)
+        self._settle.check(_FINISH_KEYS, _SETTLE_ARGS)
+        self._void.check(_FINISH_KEYS, _VOID_ARGS)
+        self._sweep.check(_FINISH_KEYS, _SWEEP_ARGS)
+        self._epochs: list[bytes | None] = [None] * SHARD_COUNT
+
+    async def start(self) -> None:
+        """Load the scripts and read every shard's epoch, in one pipeline. Raises LedgerUnavailable.
+
+        A shard without one stays frozen for this process until it has one; call again after a rebuild.
+        """
+        loading = [self._client.call("SCRIPT", "LOAD", script.text) for script in self._scripts.values()]
+        reading = [self._client.call("HGET", shard.meta, "ep") for shard in SHARDS]
+        answers = await _answered(asyncio.gather(*loading, *reading))
+        self._epochs = answers[len(loading) :]
+
+    async def init_shards(self, numbers: Iterable[int], epoch: int = 1) -> None:
+        """Create the meta of shards that have none. The caller knows that the journal has nothing of them either."""
+        script = self._scripts["init"]
+        calls = [(v, script.place({"meta": SHARDS[v].meta}, {"ep": epoch})) for v in numbers]
+        replies = await _answered(asyncio.gather(*(scripts.run(self._client, script, words) for _, words in calls)))
+        for (number, _), reply in zip(calls, replies, strict=True):
+            if reply[0] == b"BOUNDS":
+                raise LedgerError("init refused: the epoch must be a positive integer")
+            self._epochs[number] = reply[1]
+
+    # --- the hot verbs
+
+    async def reserve(self, request: HoldRequest) -> Held | Refused:
+        """Hold credit and admit the session under its key's limits. Raises LedgerUnavailable (outcome unknown:
+        repeat with the same request, or `void`), LedgerFrozen, LedgerError."""
+        uid, sid, kid, limits = request.account.id, request.session, request.key, request.limits
+        shard = SHARDS[request.account.shard]
+        rpm, parallel = limits.requests_per_minute, limits.parallel_sessions
+        words: tuple[Word, ...] = (
+            7,
+            shard.meta,
+            shard.account + uid,
+            shard.order + uid,
+            shard.grants + uid,
+            shard.session + sid,
+            shard.leases,
+            shard.limits + kid,
+            self._epochs[shard.number] or await self._epoch(shard.number),
+            uid,
+            sid,
+            kid,
+            request.owner,
+            request.body_hash,
+            request.price_version,
+            request.metadata,
+            request.want,
+            request.minimum,
+            request.prompt_cost,
+            self._lease_ms,
+            "" if rpm is None else rpm,
+            "" if parallel is None else parallel,
+        )
+        reply = await self._run(self._reserve, words)
+        code = reply[0]
+        if code == b"HELD" or code == b"EXISTS":
+            return Held(int(reply[1]), int(reply[2]), int(reply[3]), int(reply[4]), code == b"EXISTS")
+        if code == b"BOUNDS":
+            return Refused("bounds", 0, 0)
+        return Refused(REFUSALS[code], int(reply[1]), int(reply[2]), int(reply[3]))
+
+    async def progress(self, ref: SessionRef, seq: int, metered: int, want_hold: int) -> Progressed | Gone:
+        """Checkpoint `metered` micros (absolute, with the prompt) as number `seq`, renew the lease, extend the hold.
+
+        Raises LedgerUnavailable (repeat it, or send the next one), LedgerFrozen, LedgerError."""
+        uid, sid = ref.account.id, ref.session
+        shard = SHARDS[ref.account.shard]
+        words: tuple[Word, ...] = (
+            6,
+            shard.meta,
+            shard.account + uid,
+            shard.order + uid,
+            shard.grants + uid,
+            shard.session + sid,
+            shard.leases,
+            self._epochs[shard.number] or await self._epoch(shard.number),
+            uid,
+            sid,
+            ref.fence,
+            seq,
+            metered,
+            want_hold,
+            self._lease_ms,
+        )
+        reply = await self._run(self._progress, words)
+        code = reply[0]
+        if code == b"OK" or code == b"STALE":
+            return Progressed(int(reply[1]), int(reply[2]), code == b"OK")
+        return ledger_replies.gone(self._progress, reply)
+
+    async def settle(self, ref: SessionRef, charge: int, outcome: Outcome, metadata: bytes = b"") -> Settled | Gone:
+        """Charge `charge` micros and end the session; empty `metadata` keeps the reserve's.
+
+        A repeat answers the first answer with `repeated`. Raises LedgerUnavailable when the retries are used up
+        (the session is still owed), LedgerFrozen, LedgerError."""
+        epoch = self._epochs[ref.account.shard] or await self._epoch(ref.account.shard)
+        words = _finish_words(epoch, ref, ref.fence, charge, outcome, metadata)
+        return ledger_replies.ended(self._settle, await self._run_owed(self._settle, words), swept_is_gone=True)
+
+    async def void(self, ref: SessionRef, metadata: bytes = b"") -> Settled | Gone:
+        """Return the whole hold. An unknown session is `Gone("unknown")` and leaves a tombstone against a late reserve.
+
+        `fence` 0 in `ref` says that reserve's answer never came. Raises as `settle` does."""
+        epoch = await self._epoch_of(ref.account.shard)
+        words = _finish_words(epoch, ref, ref.fence, metadata)
+        reply = await self._run_owed(self._void, words)
+        if reply[0] == b"TOMBSTONE":
+            return Gone("unknown")
+        if reply[0] == b"FINAL" and reply[5] != b"void":
+            return Gone("final", int(reply[1]))
+        return ledger_replies.ended(self._void, reply, swept_is_gone=False)
+
+    # --- the sweeper's verb
+
+    async def sweep_due(self, shard: int, limit: int) -> list[Swept]:
+        """Settle up to `limit` sessions whose lease is over, at what they last metered.
+
+        Raises LedgerUnavailable, LedgerFrozen, LedgerError."""
+        at, script = SHARDS[shard], self._scripts["due"]
+        epoch = await self._epoch_of(shard)
+        due = await self._run(
+            script, script.place({"meta": at.meta, "leases": at.leases}, {"ep": epoch, "limit": limit})
+        )
+        named = [member.decode().split("|", 1) for member in due[1:]]
+        keys = await _answered(asyncio.gather(*(self._client.call("HGET", at.session + sid, "k") for _, sid in named)))
+        swept = await asyncio.gather(
+            *(
+                self._sweep_one(epoch, SessionRef(sid, AccountRef(uid, shard), key.decode() if key else "-", 0))
+                for (uid, sid), key in zip(named, keys, strict=True)
+            ),
+            return_exceptions=True,
+        )
+        for one in swept:
+            if isinstance(one, BaseException):
+                raise one  # after the others had their turn: a damaged session stops nobody else's sweep
+        return [one for one in swept if isinstance(one, Swept)]
+
+    async def _sweep_one(self, epoch: bytes, ref: SessionRef) -> Swept | None:
+        reply = await self._run(self._sweep, _finish_words(epoch, ref))
+        if reply[0] in (b"NOTDUE", b"FINAL", b"UNKNOWN"):
+            return None  # renewed or ended since it was listed
+        if reply[0] != b"SETTLED":
+            raise ledger_replies.refused(self._sweep, reply)
+        return Swept(ref.session, ref.account, int(reply[1]), int(reply[2]), int(reply[4]))
+
+    # --- the cold verbs
+
+    async def grant(self, request: GrantRequest) -> Granted | GrantRefused:
+        """Issue credit, once per grant id. Raises LedgerUnavailable (repeat it), LedgerFrozen, LedgerError."""
+        shard, uid, script = SHARDS[request.account.shard], request.account.id, self._scripts["grant"]
+        reply = await self._run(
+            script,
+            script.place(
+                {
+                    "meta": shard.meta,
+                    "account": shard.account + uid,
+                    "order": shard.order + uid,
+                    "grants": shard.grants + uid,
+                    "expiries": shard.expiries,
+                    "outbox": shard.outbox,
+                },
+                {
+                    "ep": await self._epoch_of(shard.number),
+                    "uid": uid,
+                    "gid": request.id,
+                    "credit": request.amount,
+                    "priority": request.priority,
+                    "expiry": request.expires_ms,
+                    "created": request.created_ms,
+                },
+            ),
+        )
+        code = reply[0]
+        if code in (b"GRANTED", b"EXISTS"):
+            return Granted(int(reply[1]), int(reply[2]), int(reply[3]), code == b"EXISTS")
+        return GrantRefused("conflict" if code == b"CONFLICT" else "full" if code == b"FULL" else "bounds")
+
+    async def balance(self, account: AccountRef) -> Balance:
+        """The account's figures; zeros for one without grants. Raises LedgerUnavailable, LedgerFrozen."""
+        shard = SHARDS[account.shard]
+        calls = (
+            self._client.call("HGET", shard.meta, "ep"),
+            self._client.call("HMGET", shard.account + account.id, "av", "hd", "db", "tc", "ns"),
+        )
+        epoch, row = await _answered(asyncio.gather(*calls))
+        if epoch is None or epoch != await self._epoch_of(shard.number):
+            raise LedgerFrozen(f"shard {shard.number} is frozen")
+        return Balance(*(int(value or 0) for value in row))
+
+    async def snapshot(self, account: AccountRef) -> Snapshot:
+        """The account with all its grants and open sessions at one instant, for the audit.
+
+        Raises LedgerUnavailable, LedgerFrozen, LedgerError."""
+        for _ in range(SNAPSHOT_TRIES):
+            taken = await self._snapshot(account)
+            if len(taken.sessions) == taken.balance.sessions:
+                break  # else a session opened between the listing and the script; or the ledger is really wrong
+        return taken
+
+    async def _snapshot(self, account: AccountRef) -> Snapshot:
+        shard, uid, script = SHARDS[account.shard], account.id, self._scripts["audit"]
+        members = await _answered(self._client.call("ZRANGE", shard.leases, "0", "-1"))
+        mine = f"{uid}|".encode()
+        sids: list[Word] = [member[len(mine) :] for member in members if member.startswith(mine)]
+        reply = await self._run(
+            script,
+            script.place(
+                {
+                    "meta": shard.meta,
+                    "account": shard.account + uid,
+                    "order": shard.order + uid,
+                    "grants": shard.grants + uid,
+                    "leases": shard.leases,
+                    "sessions": [shard.session.encode() + sid for sid in sids if isinstance(sid, bytes)],
+                },
+                {"ep": await self._epoch_of(shard.number), "uid": uid, "sids": sids},
+            ),
+        )
+        if reply[0] != b"SNAPSHOT":
+            raise ledger_replies.refused(script, reply)
+        return ledger_replies.read_snapshot(reply)
+
+    # --- plumbing
+
+    async def _epoch_of(self, number: int) -> bytes:
+        return self._epochs[number] or await self._epoch(number)
+
+    async def _epoch(self, number: int) -> bytes:
+        """The epoch of a shard that had none when we looked last. Nothing of ours can be open there."""
+        epoch: bytes | None = await _answered(self._client.call("HGET", SHARDS[number].meta, "ep"))
+        if epoch is None:
+            raise LedgerFrozen(f"shard {number} has no meta key: its admission state was lost or never made")
+        self._epochs[number] = epoch
+        return epoch
+
+    async def _run(self, script: Script, words: list[Word] | tuple[Word, ...]) -> list[Any]:
+        try:
+            reply: list[Any] = await scripts.run(self._client, script, words)
+        except RedisReplyError as error:
+            raise ledger_replies.translated(error) from error
+        except RedisUnavailable as error:
+            raise LedgerUnavailable(str(error)) from error
+        if reply[0] == b"EPOCH":
+            raise LedgerFrozen(f"{script.name}: the shard is frozen or has another epoch")
+        return reply
+
+    async def _run_owed(self, script: Script, words: tuple[Word, ...]) -> list[Any]:
+        """`_run`, repeated while there is no answer: a settlement is owed until it is known to be done."""
+        ends = time.monotonic() + self._budget_s
+        pause_s = RETRY_FIRST_S
+        for left in range(self._tries - 1, -1, -1):
+            try:
+                return await self._run(script, words)
+            except LedgerFrozen:
+                raise
+            except LedgerUnavailable:
+                if left == 0 or time.monotonic() + pause_s >= ends:
+                    raise
+            await asyncio.sleep(pause_s)
+            pause_s *= 2
+        raise AssertionError("tries is at least 1")
+
+
+def _finish_words(epoch: bytes, ref: SessionRef, *tail: Word) -> tuple[Word, ...]:
+    uid, sid, kid = ref.account.id, ref.session, ref.key
+    shard = SHARDS[ref.account.shard]
+    return (
+        8,
+        shard.meta,
+        shard.account + uid,
+        shard.order + uid,
+        shard.grants + uid,
+        shard.session + sid,
+        shard.leases,
+        shard.limits + kid,
+        shard.outbox,
+        epoch,
+        uid,
+        sid,
+        kid,
+        *tail,
+    )
+
+
+async def _answered(call: Awaitable[T]) -> T:
+    """A call's result, with the client's errors in the ledger's words."""
+    try:
+        return await call
+    except RedisReplyError as error:
+        raise ledger_replies.translated(error) from error
+    except RedisUnavailable as error:
+        raise LedgerUnavailable(str(error)) from error

@@ -1,0 +1,148 @@
+"""Costs are integers, rounded up once; holds cover them; budgets invert exactly."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from config.price import CompiledPrice, Rates, TierRates
+from metering.pricing import (
+    TOKENS_MAX,
+    TokenUsage,
+    cost,
+    hold_cost,
+    output_tokens_covered,
+    rates_for,
+    sane,
+)
+
+RATE = st.integers(0, 10**9)
+TOKENS = st.integers(0, 2_000_000)
+NAMES = ("input", "cached_input", "cache_write", "output", "reasoning", "audio_input", "audio_output")
+
+
+def flat(rate_in: int, rate_out: int, cached: int | None = None) -> CompiledPrice:
+    return CompiledPrice(
+        input=rate_in,
+        cached_input=rate_in if cached is None else cached,
+        cache_write=rate_in,
+        output=rate_out,
+        reasoning=rate_out,
+        audio_input=rate_in,
+        audio_output=rate_out,
+    )
+
+
+@st.composite
+def prices(draw: st.DrawFn) -> CompiledPrice:
+    base = {name: draw(RATE) for name in NAMES}
+    tiers, above = [], 0
+    for _ in range(draw(st.integers(0, 2))):
+        above += draw(st.integers(1, 500_000))
+        base_above = {name: base[name] * 2 for name in NAMES}
+        tiers.append(TierRates(above=above, **base_above))
+    return CompiledPrice(**base, tiers=tuple(tiers), request=draw(st.sampled_from((0, 0, 1, 5000))))
+
+
+@st.composite
+def usages(draw: st.DrawFn) -> TokenUsage:
+    prompt, output = draw(TOKENS), draw(TOKENS)
+    cached = draw(st.integers(0, prompt))
+    reasoning = draw(st.integers(0, output))
+    return TokenUsage(prompt, cached, draw(st.integers(0, prompt - cached)), output, reasoning)
+
+
+def test_the_worked_example() -> None:
+    price = flat(150_000, 600_000, cached=75_000)  # $0.15, $0.60, $0.075 a million
+    usage = TokenUsage(prompt=1000, cached=200, cache_write=0, output=50, reasoning=10)
+    assert cost(price, usage) == 120 + 15 + 30
+
+
+def test_one_token_costs_at_least_one_micro_and_a_zero_price_nothing() -> None:
+    assert cost(flat(0, 1), TokenUsage(9, 0, 0, 1, 0)) == 1
+    assert cost(flat(0, 0), TokenUsage(9, 0, 0, 1, 0)) == 0
+
+
+def test_parts_are_taken_out_of_their_parents_and_never_below_zero() -> None:
+    price = CompiledPrice(
+        input=1_000_000,
+        cached_input=10_000_000,
+        cache_write=100_000_000,
+        output=1_000_000,
+        reasoning=10_000_000,
+        audio_input=1_000_000_000,
+        audio_output=100_000_000,
+    )
+    assert cost(price, TokenUsage(10, 2, 3, 0, 0, audio_input=1)) == 4 + 20 + 300 + 1000
+    assert cost(price, TokenUsage(0, 0, 0, 10, 2, audio_output=3)) == 5 + 20 + 300
+    assert cost(price, TokenUsage(1, 1, 1, 0, 0, audio_input=1)) == 10 + 100 + 1000
+
+
+def test_a_long_prompt_prices_every_token_at_the_tier() -> None:
+    tier = TierRates(above=1000, **dict.fromkeys(NAMES, 2_000_000))
+    price = flat(1_000_000, 1_000_000)
+    price = CompiledPrice(**{name: getattr(price, name) for name in NAMES}, tiers=(tier,))
+    assert cost(price, TokenUsage(1000, 0, 0, 5, 0)) == 1005
+    assert cost(price, TokenUsage(1001, 0, 0, 5, 0)) == 2012
+    assert rates_for(price, 1000) is price
+    assert isinstance(rates_for(price, 1001), Rates)
+
+
+@given(price=prices(), usage=usages())
+def test_rounding_happens_once_and_up(price: CompiledPrice, usage: TokenUsage) -> None:
+    rates = rates_for(price, usage.prompt)
+    exact = (
+        Fraction((usage.prompt - usage.cached - usage.cache_write) * rates.input, 10**6)
+        + Fraction(usage.cached * rates.cached_input + usage.cache_write * rates.cache_write, 10**6)
+        + Fraction((usage.output - usage.reasoning) * rates.output + usage.reasoning * rates.reasoning, 10**6)
+    )
+    assert exact <= cost(price, usage) - price.request < exact + 1
+
+
+@given(price=prices(), usage=usages(), more=TOKENS, also=TOKENS)
+def test_more_tokens_never_cost_less(price: CompiledPrice, usage: TokenUsage, more: int, also: int) -> None:
+    grown = TokenUsage(usage.prompt + also, usage.cached, usage.cache_write, usage.output + more, usage.reasoning)
+    assert cost(price, grown) >= cost(price, usage)
+
+
+@given(price=prices(), usage=usages())
+def test_a_hold_covers_whatever_the_provider_calls_the_tokens(price: CompiledPrice, usage: TokenUsage) -> None:
+    assert hold_cost(price, usage.prompt, usage.output) >= cost(price, usage)
+
+
+@given(price=prices(), prompt=TOKENS, budget=st.integers(0, 10**12))
+def test_covered_tokens_are_the_exact_inverse_of_the_hold(price: CompiledPrice, prompt: int, budget: int) -> None:
+    covered = output_tokens_covered(price, budget, prompt)
+    if covered < 0:
+        assert hold_cost(price, prompt, 0) > budget
+        return
+    assert hold_cost(price, prompt, covered) <= budget
+    assert covered == TOKENS_MAX or hold_cost(price, prompt, covered + 1) > budget
+
+
+def test_a_free_output_is_covered_without_end() -> None:
+    assert output_tokens_covered(flat(1_000_000, 0), 10, 10) == TOKENS_MAX
+    assert output_tokens_covered(flat(1_000_000, 0), 9, 10) == -1
+
+
+@pytest.mark.parametrize(
+    ("usage", "reason"),
+    [
+        (TokenUsage(-1, 0, 0, 1, 0), "prompt is negative"),
+        (TokenUsage(1, 0, 0, 2**31 + 1, 0), "output is above 2147483648"),
+        (TokenUsage(1, 2, 0, 1, 0), "cached and cache_write exceed prompt"),
+        (TokenUsage(3, 2, 2, 1, 0), "cached and cache_write exceed prompt"),
+        (TokenUsage(3, 0, 0, 1, 2), "reasoning exceeds output"),
+        (TokenUsage(3, 0, 0, 1, 0, audio_input=4), "audio_input exceeds prompt"),
+        (TokenUsage(3, 0, 0, 1, 0, audio_output=2), "audio_output exceeds output"),
+        (TokenUsage(True, 0, 0, 1, 0), "prompt is not an integer"),
+        (TokenUsage(1.5, 0, 0, 1, 0), "prompt is not an integer"),  # type: ignore[arg-type]
+        (TokenUsage(0, 0, 0, 0, 0), None),
+        (TokenUsage(2**31, 2**30, 2**30, 9, 9, 5, 9), None),
+    ],
+)
+def test_absurd_reports_are_refused_with_a_reason(usage: TokenUsage, reason: str | None) -> None:
+    assert sane(usage) == reason

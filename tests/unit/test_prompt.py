@@ -1,0 +1,218 @@
+"""Prompt estimates: exact for text, never below the truth for the rest, and never an exception."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from metering.prompt import (
+    FILE_TOKENS_MAX,
+    FILE_TOKENS_UNKNOWN,
+    IMAGE_TOKENS_ORIGINAL,
+    estimate_prompt,
+    prompt_bytes,
+    render_tools,
+)
+from metering.ranks import encoding
+from metering.token_counter import count_text
+
+O200K = encoding("o200k_base")
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Weather of a city.\nNow.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "description": "Its name"},
+                "unit": {"enum": ["C", "F", 3]},
+                "days": {"type": "integer", "default": 1},
+                "spots": {"type": "array", "items": {"type": "object", "properties": {"x": {"type": "number"}}}},
+                "when": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+                "kind": {"type": ["string", "null"]},
+                "where": {"$ref": "#/$defs/Place"},
+            },
+            "required": ["city"],
+            "$defs": {"Place": {"type": "object", "properties": {"name": {"type": "string"}}}},
+        },
+    },
+}
+
+
+def n(text: str) -> int:
+    return count_text(O200K, text)
+
+
+def tokens(model: str, messages: object, **more: Any) -> int:
+    return estimate_prompt(O200K, model, messages, **more).tokens
+
+
+def test_recorded_prompts_of_a_real_provider_come_out_to_the_token() -> None:
+    capital = [{"role": "user", "content": "What is the capital of Mexico?"}]
+    assert estimate_prompt(O200K, "gpt-4o", capital) == (14, "counted")
+
+
+@pytest.mark.parametrize(
+    "model", ["gpt-4o", "gpt-4o-mini", "gpt-4.1", "gpt-4.5-preview", "mock-model", "ft:gpt-4o:a::b"]
+)
+def test_a_text_prompt_costs_three_around_each_message_and_three_at_the_end(model: str) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Tell me about Rome."}]
+    expected = 3 + 1 + n("Be brief.") + 3 + 1 + n("Tell me about Rome.") + 3
+    assert estimate_prompt(O200K, model, messages) == (expected, "counted")
+
+
+@pytest.mark.parametrize(
+    "model", ["o3-mini", "o1", "gpt-5", "gpt-5.6-sol", "gpt-6.1-terra", "openai/gpt-5-pro", "gpt-10"]
+)
+def test_newer_families_take_two_at_the_end(model: str) -> None:
+    assert tokens(model, [{"role": "user", "content": "hi"}]) == 3 + 1 + 1 + 2
+
+
+def test_a_name_costs_itself_and_one() -> None:
+    assert tokens("gpt-4o", [{"role": "user", "name": "Alice", "content": "hi"}]) == 5 + 1 + n("Alice") + 3
+
+
+def test_text_parts_count_one_by_one_and_stay_exact() -> None:
+    parts = [{"type": "text", "text": "inter"}, {"type": "text", "text": "national"}]
+    assert estimate_prompt(O200K, "gpt-4o", [{"role": "user", "content": parts}]) == (
+        4 + n("inter") + n("national") + 3,
+        "counted",
+    )
+
+
+def test_null_fields_and_call_ids_cost_nothing() -> None:
+    plain = tokens("gpt-4o", [{"role": "tool", "content": "21 degrees"}])
+    message = {"role": "tool", "content": "21 degrees", "tool_call_id": "call_abc", "name": None, "refusal": None}
+    assert estimate_prompt(O200K, "gpt-4o", [message]) == (plain, "counted")
+
+
+def test_earlier_tool_calls_count_names_and_arguments() -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city":"Rome"}'}}
+    estimate = estimate_prompt(O200K, "gpt-4o", [{"role": "assistant", "content": None, "tool_calls": [call, call]}])
+    assert estimate == (4 + 2 * (8 + n("get_weather") + n('{"city":"Rome"}')) + 3, "estimated")
+    legacy = {"role": "assistant", "function_call": call["function"]}
+    assert tokens("gpt-4o", [legacy]) == 4 + 8 + n("get_weather") + n('{"city":"Rome"}') + 3
+
+
+def test_tools_are_rendered_as_the_models_see_them() -> None:
+    assert render_tools([WEATHER]) == (
+        "namespace functions {\n\n// Weather of a city.\n// Now.\ntype get_weather = (_: {\n// Its name\n"
+        "city: string,\n"
+        'unit?: "C" | "F" | 3,\ndays?: number, // default: 1\nspots?: {\nx?: number,\n}[],\nwhen?: string | null,\n'
+        "kind?: string | null,\nwhere?: #/$defs/Place,\n}) => any;\n\n{\nname?: string,\n}\n} // namespace functions"
+    )
+    assert render_tools([{"function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}]) == (
+        "namespace functions {\n\ntype now = () => any;\n\n} // namespace functions"
+    )
+    assert render_tools([], None) == render_tools(None) == ""
+
+
+@pytest.mark.parametrize(
+    ("model", "system", "constant"), [("gpt-4o", False, 9), ("gpt-4o", True, 4), ("gpt-5", True, 89)]
+)
+def test_tools_add_their_rendering_and_the_models_constant(model: str, system: bool, constant: int) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    if system:
+        messages.insert(0, {"role": "developer", "content": "x"})
+    estimate = estimate_prompt(O200K, model, messages, tools=[WEATHER])
+    assert estimate == (tokens(model, messages) + n(render_tools([WEATHER])) + constant, "estimated")
+    assert tokens(model, messages, functions=[WEATHER["function"]]) == estimate.tokens
+
+
+def test_a_response_schema_counts() -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    schema = {"type": "json_schema", "json_schema": {"name": "answer", "schema": {"type": "object"}}}
+    assert estimate_prompt(O200K, "gpt-4o", messages, response_format=schema) > (8 + 10, "estimated")
+    assert estimate_prompt(O200K, "gpt-4o", messages, response_format={"type": "text"}) == (8, "counted")
+
+
+@pytest.mark.parametrize(
+    ("model", "detail", "expected"),
+    [
+        ("gpt-4o", None, 1445),
+        ("gpt-4o", "low", 85),
+        ("gpt-4.1", "auto", 1445),
+        ("gpt-4o-mini", "high", 48169),
+        ("gpt-4.1-mini", None, 2489),
+        ("o3", "low", 75),
+        ("o4-mini", None, 2642),
+        ("gpt-5.1", None, 1190),
+        ("gpt-5.6-sol", None, 3000),
+        ("gpt-6.1-sol", "original", IMAGE_TOKENS_ORIGINAL),
+        ("unknown", None, 3000),
+    ],
+)
+def test_an_image_counts_as_the_largest_one_of_its_model(model: str, detail: str | None, expected: int) -> None:
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 100_000, "detail": detail}}
+    empty = tokens(model, [{"role": "user", "content": []}])
+    assert estimate_prompt(O200K, model, [{"role": "user", "content": [part]}]) == (empty + expected, "estimated")
+
+
+def test_audio_and_files_count_by_their_size_or_a_constant() -> None:
+    def of(part: dict[str, Any]) -> int:
+        return tokens("gpt-4o", [{"role": "user", "content": [part]}]) - tokens("gpt-4o", [{"role": "user"}])
+
+    assert of({"type": "input_audio", "input_audio": {"data": "A" * 640_000, "format": "mp3"}}) == 1201
+    assert of({"type": "input_audio", "input_audio": {}}) == FILE_TOKENS_UNKNOWN + 1
+    assert of({"type": "file", "file": {"file_id": "file-1"}}) == FILE_TOKENS_UNKNOWN
+    assert of({"type": "file", "file": {"file_data": "A" * 40_000}}) == 11_000
+    assert of({"type": "file", "file": {"file_data": "A" * 4_000_000}}) == FILE_TOKENS_MAX
+
+
+KEYS = (
+    *("role", "content", "name", "tool_calls", "type", "text", "image_url", "function", "arguments", "parameters", "x"),
+    *("properties", "required", "enum", "anyOf", "items", "input_audio", "data", "file", "detail", "$defs", "default"),
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(KEYS),
+            inner | st.sampled_from(["text", "image_url", "input_audio", "file", "object", "array"]),
+            max_size=5,
+        )
+    ),
+    max_leaves=25,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(messages=JSON, tools=JSON, functions=JSON, response_format=JSON)
+def test_no_decoded_json_raises_whatever_its_shape(
+    messages: object, tools: object, functions: object, response_format: object
+) -> None:
+    estimate = estimate_prompt(
+        O200K, "gpt-4o", messages, tools=tools, functions=functions, response_format=response_format
+    )
+    assert estimate.tokens >= 3
+    assert estimate.kind in ("counted", "estimated")
+
+
+@settings(max_examples=100, deadline=None)
+@given(value=JSON.filter(lambda one: one not in (None, [], "")))
+def test_what_has_no_rule_is_estimated_at_least_by_half_its_bytes(value: object) -> None:
+    estimate = estimate_prompt(O200K, "gpt-4o", [{"role": "user", "new_field": value}])
+    assert estimate == (4 + prompt_bytes(value) // 2 + 1 + 3, "estimated")
+
+
+def test_a_schema_as_deep_as_a_body_may_be_does_not_exhaust_the_stack() -> None:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(500):
+        schema = {"type": "object", "properties": {"x": schema}}
+    tool = {"function": {"name": "deep", "parameters": schema}}
+    assert tokens("gpt-4o", [], tools=[tool]) > 64
+
+
+def test_an_enormous_integer_in_a_schema_is_shortened() -> None:
+    schema = {"type": "object", "properties": {"x": {"type": "integer", "default": 10**5000}}}
+    assert tokens("gpt-4o", [], tools=[{"function": {"name": "f", "parameters": schema}}]) > 1000
+
+
+def test_bytes_of_a_prompt_are_about_its_size_on_the_wire() -> None:
+    assert prompt_bytes([{"role": "user", "content": "é" * 10}]) == 4 + 4 + 7 + 20
+    assert prompt_bytes([1, None, True, ["x"]]) == 13

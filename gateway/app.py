@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from litestar import Litestar, asgi
+import msgspec
+from litestar import Litestar, Request, Response, asgi, get
 from litestar.types import Receive, Scope, Send
 
 from gateway import errors, health
 from gateway.health import Health
+from proxy import telemetry
 from proxy.errors import RouteNotFound
+from proxy.ids import request_id
 from proxy.routes import DataPlane
 
 Handler = Callable[[Any, Any, Any], Awaitable[None]]
@@ -23,8 +26,7 @@ def create_app(plane: DataPlane, health_of: Health, *, with_metrics: bool) -> Li
     """The application. `with_metrics`: whether /metrics is served here (only when the main port is loopback)."""
     handlers = [
         _route("/v1/chat/completions", "POST", plane.chat_completions),
-        _route("/v1/models", "GET", plane.models),
-        _route("/v1/models/{model:path}", "GET", plane.model),
+        *_models(plane),
         _route("/health/live", "GET", _live),
         _route("/health/ready", "GET", _ready(health_of)),
     ]
@@ -37,6 +39,24 @@ def create_app(plane: DataPlane, health_of: Health, *, with_metrics: bool) -> Li
         debug=False,
         exception_handlers={Exception: errors.handle},
     )
+
+
+def _models(plane: DataPlane) -> list[Any]:
+    @get("/v1/models")
+    async def models(request: Request[Any, Any, Any]) -> Response[Any]:
+        return _model_answer(await plane.list_models(request.scope))
+
+    @get("/v1/models/{name:path}")
+    async def model(request: Request[Any, Any, Any], name: str) -> Response[Any]:
+        return _model_answer(await plane.find_model(request.scope, name.removeprefix("/")))
+
+    return [models, model]
+
+
+def _model_answer(content: dict[str, Any]) -> Response[Any]:
+    telemetry.REQUESTS.labels(200, "").inc()
+    body = msgspec.json.encode(content)
+    return Response(body, media_type="application/json", headers={"x-request-id": request_id()})
 
 
 def _route(path: str, method: str, handler: Handler) -> Any:

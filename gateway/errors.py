@@ -20,7 +20,7 @@ from proxy import telemetry
 from proxy.ids import request_id
 from proxy.routes import ClientGone
 
-log = structlog.stdlib.get_logger("tollgate.edge")
+log = structlog.get_logger()
 
 _INVALID, _SERVER, _LIMIT = "invalid_request_error", "server_error", "rate_limit_error"
 _QUOTA = "insufficient_quota"

@@ -27,7 +27,7 @@ from metering.sweeper import Sweeper
 from storage.database import FAILED, connect_pool
 from storage.redis_client import RedisClient, RedisError
 
-log = structlog.stdlib.get_logger("tollgate.ledger")
+log = structlog.get_logger()
 
 STATUS_EVERY_S = 1.0
 GRANTS_EVERY_S = 2.0

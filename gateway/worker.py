@@ -22,7 +22,7 @@ from gateway.children import LISTEN_FD_ENV, tell_ready, watch_parent
 from gateway.http_protocol import protocol
 from gateway.lifespan import Worker, open_worker
 
-log = structlog.stdlib.get_logger("tollgate.worker")
+log = structlog.get_logger()
 
 ORPHAN_DRAIN_S = 2.0
 KEEP_ALIVE_S = 75

@@ -75,20 +75,20 @@ class RootObject:
         return None if span is None else self.body[span[0] : span[1]]
 
     def replaced(self, changes: Mapping[str, bytes]) -> bytes:
-        """The body with these members' values replaced, or added at the front where they were absent."""
+        """The body with these members' values replaced, or added at the end where they were absent."""
+        parts: list[bytes] = []
+        at = 0
         spans = sorted((self.spans[name], value) for name, value in changes.items() if name in self.spans)
-        added = [
-            b"%b:%b" % (msgspec.json.encode(name), value) for name, value in changes.items() if name not in self.spans
-        ]
-        parts = [self.body[: self.first]]
-        if added:
-            parts.append(b",".join(added))
-            if self.spans:
-                parts.append(b",")
-        at = self.first
         for (start, end), value in spans:
             parts += (self.body[at:start], value)
             at = end
+        added = [
+            b"%b:%b" % (msgspec.json.encode(name), value) for name, value in changes.items() if name not in self.spans
+        ]
+        if added:
+            close = self.body.rindex(b"}")
+            parts += (self.body[at:close], b"," if self.spans else b"", b",".join(added))
+            at = close
         parts.append(self.body[at:])
         return b"".join(parts)
 

@@ -11,8 +11,6 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-import msgspec
-
 from accounts.key_store import KeyStore, Principal
 from config.settings import Bounds
 from metering.ledger import AccountRef, KeyLimits
@@ -96,21 +94,18 @@ class DataPlane:
             watch.cancel()
         _log(state, session, bill, began)
 
-    async def models(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """GET /v1/models."""
-        scope["state"]["request_id"] = request_id()
+    async def list_models(self, scope: Scope) -> dict[str, Any]:
+        """The body of GET /v1/models. Raises the key errors."""
         await self._principal(scope)
-        await _json(scope, send, {"object": "list", "data": list(self._models.values())})
+        return {"object": "list", "data": list(self._models.values())}
 
-    async def model(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """GET /v1/models/{id}; ids may contain slashes."""
-        scope["state"]["request_id"] = request_id()
+    async def find_model(self, scope: Scope, name: str) -> dict[str, Any]:
+        """The body of GET /v1/models/{id}; ids may contain slashes. Raises ModelNotFound and the key errors."""
         await self._principal(scope)
-        name = str(scope["path"]).partition("/v1/models/")[2]
         found = self._models.get(name)
         if found is None:
             raise ModelNotFound()
-        await _json(scope, send, found)
+        return found
 
     async def _principal(self, scope: Scope) -> Principal:
         header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
@@ -166,18 +161,6 @@ class DataPlane:
     def _model(self, name: str, route: Route) -> dict[str, Any]:
         owner = route.candidates[0].upstream.name
         return {"id": name, "object": "model", "created": self._started, "owned_by": owner}
-
-
-async def _json(scope: Scope, send: Send, content: Any) -> None:
-    body = msgspec.json.encode(content)
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", b"%d" % len(body)),
-        (b"x-request-id", scope["state"]["request_id"].encode()),
-    ]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-    telemetry.REQUESTS.labels(200, "").inc()
 
 
 def _log(state: Mapping[str, Any], session: LiveSession, bill: Bill | None, began: float) -> None:

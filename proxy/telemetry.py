@@ -11,7 +11,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from metering.ledger import Outcome
 
-log = structlog.stdlib.get_logger("tollgate.proxy")
+log = structlog.get_logger()
 
 REQUESTS = Counter("tollgate_requests_total", "Requests answered, by status and error code.", ["status", "code"])
 SESSIONS = Counter(

@@ -51,7 +51,11 @@ def test_lua_files_stay_below_the_line_limit() -> None:
 
 
 def test_every_module_says_what_it_is() -> None:
-    silent = [str(path) for path in sources() if path.read_text().strip() and not ast.get_docstring(ast.parse(path.read_text()))]
+    silent = [
+        str(path)
+        for path in sources()
+        if path.read_text().strip() and not ast.get_docstring(ast.parse(path.read_text()))
+    ]
     assert silent == []
 
 

@@ -24,7 +24,7 @@ def test_a_replaced_member_leaves_every_other_byte() -> None:
 
 def test_a_missing_member_is_added() -> None:
     assert RootObject(b"{}").replaced({"a": b"1"}) == b'{"a":1}'
-    assert RootObject(b'{"b":2}').replaced({"a": b"1"}) == b'{"a":1,"b":2}'
+    assert RootObject(b'{"b":2}').replaced({"a": b"1"}) == b'{"b":2,"a":1}'
 
 
 @pytest.mark.parametrize(

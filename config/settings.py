@@ -84,7 +84,6 @@ class Billing(_Table, frozen=True):
 
 
 class Redis(_Table, frozen=True):
-    replicas: int = 0
     allow_old_server: bool = False
     call_ms: int = 2_000
     connect_ms: int = 2_000
@@ -175,6 +174,22 @@ def find(environ: Mapping[str, str]) -> Path:
         return Path(named)
     local = Path("tollgate.toml")
     return local if local.exists() else SHIPPED
+
+
+OPENAI = "openai"
+OPENAI_KEY_ENV = "OPENAI_API_KEY"
+OPENAI_URL = "https://api.openai.com/v1"
+
+
+def with_openai(settings: Settings, environ: Mapping[str, str]) -> Settings:
+    """The settings with a provider `openai` when the environment has OPENAI_API_KEY and the file has none of that name
+    (OPENAI_BASE_URL names another address, as for OpenAI's own clients). Raises ConfigError."""
+    if not environ.get(OPENAI_KEY_ENV) or OPENAI in settings.providers:
+        return settings
+    base_url = environ.get("OPENAI_BASE_URL") or OPENAI_URL
+    provider = Provider(kind="openai", base_url=base_url, api_key_env=OPENAI_KEY_ENV)
+    _check_provider(OPENAI, provider, Path("OPENAI_BASE_URL"))
+    return msgspec.structs.replace(settings, providers={**settings.providers, OPENAI: provider})
 
 
 def load(path: Path) -> Settings:

@@ -22,6 +22,7 @@ from storage.database import FAILED, connect
 from storage.redis_client import RedisClient, RedisError
 
 CHECK_S = 2.0
+UNUSABLE = ("unreachable", "frozen")
 REMEMBER_S = 1.0
 
 
@@ -41,6 +42,8 @@ class Health:
         self._database_url = database_url
         self._live = live
         self._metering = metering
+        self.old_server: str | None = None
+        """The Redis server's version when it is older than supported; it serves, degraded."""
         self._remembered: tuple[float, dict[str, str]] | None = None
         self._checking = asyncio.Lock()
 
@@ -49,7 +52,7 @@ class Health:
         parts = dict(await self._parts())
         if self._live.draining:
             parts["gateway"] = "draining"
-        bad = parts["gateway"] == "draining" or parts["redis"] != "ok" or parts["journal"] == "over its bound"
+        bad = parts["gateway"] == "draining" or parts["redis"] in UNUSABLE or parts["journal"] == "over its bound"
         return Readiness(not bad, parts)
 
     async def _parts(self) -> dict[str, str]:
@@ -69,7 +72,8 @@ class Health:
         except RedisError:
             return "unreachable", "unknown"
         report = decode_report(raw)
-        return "ok" if epoch is not None else "frozen", self._journal_word(report)
+        fit = "ok" if self.old_server is None else f"degraded: {self.old_server} is too old"
+        return fit if epoch is not None else "frozen", self._journal_word(report)
 
     def _journal_word(self, report: JournalReport | None) -> str:
         if report is None:
@@ -102,5 +106,6 @@ def encoded(readiness: Readiness) -> bytes:
     """The readiness answer's JSON."""
     status: dict[str, Any] = {"status": "ok" if readiness.ready else "unavailable", "parts": readiness.parts}
     if readiness.ready and any(word != "ok" for word in readiness.parts.values()):
-        status["status"] = "degraded" if readiness.parts["postgres"] != "ok" else "ok"
+        words = readiness.parts["postgres"], readiness.parts["redis"]
+        status["status"] = "degraded" if words != ("ok", "ok") else "ok"
     return msgspec.json.encode(status)

@@ -24,6 +24,7 @@ from gateway.app import create_app
 from gateway.health import Health
 from metering.ranks import encoding
 from metering.redis_ledger import RedisLedger
+from metering.server_check import inspect
 from proxy.admission import Admission
 from proxy.candidates import Route, build_routes
 from proxy.live_sessions import LiveSessions
@@ -74,6 +75,7 @@ async def open_worker(run: Run, settings: Settings, secrets: Secrets, pepper: by
         live.start()
         plane = _plane(settings, routes, catalog.version, (ledger, live, keys, transport))
         health = Health(redis, run.database_url, live, settings.metering)
+        health.old_server = (await inspect(redis)).old
         app = create_app(plane, health, with_metrics=is_loopback(run.host))
         yield Worker(app, live, settings.bounds)
 
@@ -99,4 +101,3 @@ def _limits(bounds: Bounds) -> TransportLimits:
     return TransportLimits(
         connect_ms=bounds.connect_ms, head_ms=bounds.headers_ms, idle_ms=bounds.idle_ms, total_ms=bounds.total_ms
     )
-

@@ -43,7 +43,7 @@ class _Server(uvicorn.Server):
 async def serve() -> None:
     """Run until SIGTERM (drain) or until the supervisor is gone (short drain)."""
     this_run = run.read_run()
-    config = settings.load(Path(this_run.config_path))
+    config = settings.with_openai(settings.load(Path(this_run.config_path)), os.environ)
     logs.configure(config.server.log_level, "worker")
     secrets = settings.read_secrets(config, os.environ)
     pepper = run.load_secret(this_run, os.environ)

@@ -198,7 +198,7 @@ class Admission:
             except LedgerError:
                 raise InternalError from None
         if reply is None:
-            ref = SessionRef(hold.session, hold.account, hold.key, 1)
+            ref = SessionRef(hold.session, hold.account, hold.key, 0)  # no fence: the ledger never told us one
             self._live.detach(self._give_up(ref))
             raise LedgerDown(retry_after_ms=1_000)
         if isinstance(reply, Refused):

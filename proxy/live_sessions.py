@@ -115,6 +115,8 @@ class LiveSessions:
         finally:
             session.checkpoint = None
         if isinstance(reply, Progressed):
+            if not reply.applied:
+                return  # an older report: it renewed nothing
             session.held = reply.held
             session.exhausted = reply.held < want_hold
             session.fence_ms = sent_ms + self._metering.lease_ms - self._metering.fence_margin_ms

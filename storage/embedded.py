@@ -274,7 +274,7 @@ def stores_for(data_dir: Path, *, external: Stores | None = None, log: Log | Non
         found = _start_or_join(stores, guests, stack, external)
         yield found
         if stores.owns:
-            pass
+            until(lambda: _hold(guests, stack), GUESTS_S_MAX)
 
 
 def _start_or_join(

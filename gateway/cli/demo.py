@@ -19,6 +19,7 @@ from gateway.cli.output import emit_json, note
 if TYPE_CHECKING:
     from config.run import Run
     from config.settings import Secrets, Settings
+    from metering.server_check import ServerReport
 
 ACCOUNT_NAME = "demo"
 CREDITS_MICROS = 10_000_000
@@ -89,10 +90,12 @@ class Greeter:
         Raises what `opened` and `ensure_demo` raise.
         """
         from accounts import admin
+        from metering.server_check import inspect
         from storage.embedded import Stores
 
         stores, folder = Stores(this_run.redis_url, this_run.database_url), Path(this_run.data_dir)
         async with opened(self._config, self._secrets, stores, folder) as ctx:
+            _refuse_unfit(await inspect(ctx.redis), allow_old=self._config.redis.allow_old_server)
             self._demo = await ensure_demo(ctx)
             foreign = await admin.check_pepper(ctx.pool, ctx.redis, ctx.pepper)
         if foreign:
@@ -109,6 +112,21 @@ class Greeter:
             emit_json({"url": url, "key": key, "model": model, "data_dir": this_run.data_dir}, one_line=True)
         else:
             click.echo(banner(url, key, model))
+
+
+def _refuse_unfit(report: ServerReport, *, allow_old: bool) -> None:
+    """Raises ConfigError for a server that would lose credit."""
+    from config.settings import ConfigError
+
+    if report.faults:
+        raise ConfigError(f"REDIS_URL: this server cannot hold credit: {'; '.join(report.faults)}.")
+    if report.old is not None:
+        if not allow_old:
+            raise ConfigError(
+                f"REDIS_URL: {report.old} is older than Valkey 8.0 or Redis 8.6.3. Upgrade it, or set "
+                "[redis] allow_old_server = true and accept degraded readiness."
+            )
+        note(f"warning: {report.old} is older than what Tollgate supports; readiness says degraded.")
 
 
 def base_url(host: str, port: int) -> str:

@@ -42,7 +42,7 @@ def serve(host: str | None, port: int | None, workers: int | None, data_dir: Pat
     from gateway.supervisor import ServeOptions, run_supervisor
 
     path = configuration.find(os.environ)
-    config = configuration.load(path)
+    config = configuration.with_openai(configuration.load(path), os.environ)
     secrets = configuration.read_secrets(config, os.environ)
     logs.configure(config.server.log_level, "supervisor")
     greeter = Greeter(config, secrets, as_json=as_json)

@@ -18,11 +18,11 @@ local function amount(s)
   return n
 end
 
--- A stored number; a missing field is 0. Anything else means the data was damaged: stop before any write.
+-- A stored number, held to the same form; a missing field is 0. Anything else is damage: stop before any write.
 local function stored(value)
   if not value then return 0 end
-  local n = tonumber(value)
-  if not n or n < 0 or n > MAX or n % 1 ~= 0 then error({ err = 'BROKEN a stored number is not an amount' }) end
+  local n = amount(value)
+  if not n then error({ err = 'BROKEN a stored number is not an amount' }) end
   return n
 end
 

@@ -18,7 +18,8 @@ local sessions = {}
 for i = 3, #ARGV do
   local row = call('HMGET', KEYS[i + 3], 'st', 'u', 'h', 'm', 'sl')
   local deadline = call('ZSCORE', leases, format('%s|%s', uid, ARGV[i]))
-  sessions[i - 2] = { ARGV[i], row[1] or '', row[2] or '', row[3] or '0', row[4] or '0', row[5] or '', deadline or '' }
+  sessions[i - 2] = { ARGV[i], row[1] or '', row[2] or '', row[3] or '0', row[4] or '0', row[5] or '',
+    deadline and text(tonumber(deadline)) or '' }
 end
 return { 'SNAPSHOT', ep, text(n), text(now), call('HGETALL', account), call('HGETALL', grants),
   call('ZRANGE', order, '0', '-1'), sessions }

@@ -1,4 +1,4 @@
-"""The flusher on real stores: exactly once under kills, honest about gaps, divergence, poison and lost stores."""
+"""The flusher on real stores: exactly once, honest about gaps, divergence, poison and lost state."""
 
 from __future__ import annotations
 
@@ -20,6 +20,26 @@ from tests.support.postgres import (
 from tests.support.stack import Stack, eventually, stack_fixture, uuid7
 
 __all__ = ["empty_database_fixture", "ledger_database_fixture", "postgres_server_fixture", "stack_fixture"]
+
+
+async def test_a_session_arrives_once_with_its_rollup_and_leaves_the_outbox(stack: Stack) -> None:
+    account = await stack.account("alice")
+    await stack.grant(account, "g1", 1_000)
+    said = {"route": "r", "provider": "p", "model": "m", "source": "provider", "stream": True, "prompt": 3, "output": 4}
+    ref = await stack.spend(account, want=100, charge=70, metadata=json.dumps(said).encode())
+    flusher = stack.flusher()
+    assert await flusher.drain() == 2
+    row = await stack.pool.fetchrow("SELECT * FROM session")
+    assert (row["sid"], row["account_id"], row["charged"], row["outcome"]) == (ref.session, "alice", 70, "completed")
+    assert (row["route"], row["prompt_tokens"], row["cached_tokens"], row["stream"]) == ("r", 3, None, True)
+    assert json.loads(row["metadata"]) == said
+    rolled = await stack.pool.fetchrow("SELECT * FROM usage_rollup")
+    assert (rolled["shard"], rolled["route"], rolled["sessions"], rolled["charged"]) == (account.shard, "r", 1, 70)
+    confirmed = await stack.pool.fetchrow("SELECT applied_epoch, applied_n FROM grant_")
+    assert tuple(confirmed) == (1, 1)
+    assert await stack.outbox_length() == 0
+    assert await flusher.drain() == 0
+    assert stack.alarms == []
 
 
 async def test_entries_that_arrive_again_with_the_same_content_add_nothing(stack: Stack) -> None:

@@ -31,28 +31,6 @@ from tests.support.stack import Stack, eventually, open_stack, stack_fixture, uu
 __all__ = ["ledger_database_fixture", "postgres_server_fixture", "stack_fixture"]
 
 ROOT = Path(__file__).parents[2]
-
-
-async def test_a_session_arrives_once_with_its_rollup_and_leaves_the_outbox(stack: Stack) -> None:
-    account = await stack.account("alice")
-    await stack.grant(account, "g1", 1_000)
-    said = {"route": "r", "provider": "p", "model": "m", "source": "provider", "stream": True, "prompt": 3, "output": 4}
-    ref = await stack.spend(account, want=100, charge=70, metadata=json.dumps(said).encode())
-    flusher = stack.flusher()
-    assert await flusher.drain() == 2
-    row = await stack.pool.fetchrow("SELECT * FROM session")
-    assert (row["sid"], row["account_id"], row["charged"], row["outcome"]) == (ref.session, "alice", 70, "completed")
-    assert (row["route"], row["prompt_tokens"], row["cached_tokens"], row["stream"]) == ("r", 3, None, True)
-    assert json.loads(row["metadata"]) == said
-    rolled = await stack.pool.fetchrow("SELECT * FROM usage_rollup")
-    assert (rolled["shard"], rolled["route"], rolled["sessions"], rolled["charged"]) == (account.shard, "r", 1, 70)
-    confirmed = await stack.pool.fetchrow("SELECT applied_epoch, applied_n FROM grant_")
-    assert tuple(confirmed) == (1, 1)
-    assert await stack.outbox_length() == 0
-    assert await flusher.drain() == 0
-    assert stack.alarms == []
-
-
 UNBALANCED = "SELECT count(*) FROM (SELECT 1 FROM posting GROUP BY shard, ep, n HAVING sum(amount) <> 0) AS uneven"
 
 

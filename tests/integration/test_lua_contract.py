@@ -74,6 +74,19 @@ async def test_the_audit_shows_one_instant_of_an_account(stand: Stand) -> None:
     assert (early.issued, early.available, early.held, early.expires_ms) == (30, 0, 30, WALL + 1_000)
 
 
+async def test_a_lease_that_ends_at_a_round_number_stays_a_whole_number(stand: Stand) -> None:
+    await stand.grant("g", 100)
+    await stand.wall(1_800_000_000_000 - 15_000)
+    await stand.hold("s1", 10)
+    assert (await stand.ledger.snapshot(stand.account)).sessions["s1"].lease_until_ms == 1_800_000_000_000
+    await stand.tick(1_000)
+    again = await stand.ledger.reserve(stand.request("s1", 10))
+    assert isinstance(again, Held)
+    assert again.lease_ms == 14_000
+    await stand.tick(14_000)
+    assert [one.session for one in await stand.ledger.sweep_due(SHARD, 5)] == ["s1"]
+
+
 # --- reserve
 
 

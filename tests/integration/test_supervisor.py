@@ -172,8 +172,15 @@ async def test_a_child_in_its_pause_is_not_started_again_once_stopped(nursery: N
     assert child.starts == 1
 
 
+async def test_a_child_that_says_more_than_its_report_is_not_blocked(nursery: Nursery, tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    script = f"import time; print('ready', flush=True); print('x' * 500_000, flush=True); open({str(said)!r}, 'w'); "
+    await nursery.child(script + SLEEP, ready_on_stdout=True).start()
+    await until(said.exists)
+
+
 async def test_what_a_child_chose_at_its_first_start_is_kept_over_restarts(nursery: Nursery) -> None:
-    script = "import sys, time; print(sys.argv[1:] or 'chosen', flush=True); print('x' * 100_000, flush=True); "
+    script = "import sys, time; print(sys.argv[1:] or 'chosen', flush=True); "
     child = nursery.child(
         script + SLEEP,
         ready_on_stdout=True,
@@ -349,7 +356,9 @@ def test_the_simulated_provider_answers_and_does_not_see_provider_keys(serve: Se
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         connection.sendall(b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n")
         assert connection.recv(64).startswith(b"HTTP/1.1 200")
-    provider = next(one for one in running.descendants() if "--port" in psutil.Process(one).cmdline())
+    provider = next(
+        one for one in running.descendants() if "loadtests.simulated_provider" in psutil.Process(one).cmdline()
+    )
     assert "a-provider-key" not in psutil.Process(provider).environ().values()
 
 

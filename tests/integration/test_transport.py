@@ -166,6 +166,17 @@ async def test_a_slow_reader_stops_the_upstream_and_loses_nothing() -> None:
 
 
 @both_loops
+async def test_a_connection_that_was_held_back_at_the_end_reads_again_when_reused() -> None:
+    long = b"HTTP/1.1 200 OK\r\ncontent-length: 8000\r\n\r\n" + b"x" * 8000
+    async with RawServer(answers(long, OK)) as server, transport_with(read_buffer_max=1024) as transport:
+        exchange = transport.open(server.origin, post(server.origin))
+        await exchange.head()
+        assert await whole(exchange) == b"x" * 8000
+        assert await whole(transport.open(server.origin, post(server.origin))) == b"ok"
+        assert len(server.peers) == 1
+
+
+@both_loops
 async def test_pause_stops_the_upstream_and_resume_goes_on() -> None:
     async def script(peer: Peer) -> None:
         await peer.request()

@@ -1,0 +1,57 @@
+"""OpenAI's own model list, offered as routes when OPENAI_API_KEY is set.
+
+Must not: stop a start. When the list cannot be had the gateway says so and serves what the configuration names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import httpx2
+import msgspec
+import structlog
+
+from config.settings import OPENAI, Candidate, Route, Secrets, Settings
+
+ASK_S = 10.0
+MODELS_MAX = 2_000
+
+log = structlog.get_logger()
+
+
+class _Model(msgspec.Struct):
+    id: str
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+
+
+async def offered_routes(settings: Settings, secrets: Secrets) -> dict[str, Route]:
+    """A route for every model that the provider `openai` lists; empty without that provider or its key."""
+    provider, key = settings.providers.get(OPENAI), secrets.provider_keys.get(OPENAI)
+    if provider is None or key is None:
+        return {}
+    try:
+        async with httpx2.AsyncClient(timeout=ASK_S, trust_env=False) as client:
+            answer = await client.get(f"{provider.base_url}/models", headers={"authorization": f"Bearer {key}"})
+            answer.raise_for_status()
+            listed = msgspec.json.decode(answer.content, type=_Models).data[:MODELS_MAX]
+    except (httpx2.HTTPError, msgspec.DecodeError) as error:
+        log.warning(
+            "OpenAI's models could not be listed; only configured routes are served", error=type(error).__name__
+        )
+        return {}
+    names = sorted(model.id for model in listed if 0 < len(model.id) <= 128 and model.id.isprintable())
+    return {name: Route(candidates=(Candidate(provider=OPENAI, model=name),)) for name in names}
+
+
+def without_simulated(settings: Settings, offered: Mapping[str, Route]) -> Settings:
+    """The settings without the demo routes that OpenAI serves for real: who has a key expects no simulated answer."""
+    simulate = settings.embedded.simulate
+    kept = {
+        name: route
+        for name, route in settings.routes.items()
+        if name not in offered or any(candidate.provider != simulate for candidate in route.candidates)
+    }
+    return msgspec.structs.replace(settings, routes=kept)

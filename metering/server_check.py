@@ -1,0 +1,59 @@
+"""Whether a Redis or Valkey server is fit to hold credit: nothing evicted, writes logged, scripts refused whole.
+
+Must not: change the server. Everything is read from INFO, which needs no special right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from storage.redis_client import RedisClient, RedisReplyError
+
+VALKEY_LEAST = (8, 0, 0)
+REDIS_LEAST = (8, 6, 3)
+"""Older ones have known faults in their Lua engine or lack what the scripts rely on."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerReport:
+    """`faults` must stop a start; `old` is the version's text when it is below the least that is supported."""
+
+    faults: tuple[str, ...]
+    old: str | None
+
+
+async def inspect(redis: RedisClient) -> ServerReport:
+    """Ask the server. Raises RedisUnavailable."""
+    fields: dict[str, str] = {}
+    for section in ("server", "memory", "persistence"):
+        text = (await redis.call("INFO", section)).decode("utf-8", "replace")
+        fields |= dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    faults = []
+    policy = fields.get("maxmemory_policy", "unknown")
+    if policy != "noeviction":
+        faults.append(f"its maxmemory-policy is {policy}, which drops holds under memory pressure: set noeviction")
+    if fields.get("aof_enabled") != "1":
+        faults.append("its append-only file is off, so a restart would lose holds: set appendonly yes")
+    if not await _knows_headers(redis):
+        faults.append("it does not know #!lua script headers, so a refused script could write half: use Valkey 8")
+    return ServerReport(tuple(faults), old_version(fields))
+
+
+async def _knows_headers(redis: RedisClient) -> bool:
+    try:
+        return bool(await redis.call("EVAL", "#!lua flags=no-writes\nreturn 1", 0) == 1)
+    except RedisReplyError:
+        return False
+
+
+def old_version(fields: dict[str, str]) -> str | None:
+    """Valkey reports redis_version 7.2.4 for compatibility, so its own version counts where it has one."""
+    valkey, redis = fields.get("valkey_version"), fields.get("redis_version", "0")
+    if valkey is not None:
+        return None if _number(valkey) >= VALKEY_LEAST else f"Valkey {valkey}"
+    return None if _number(redis) >= REDIS_LEAST else f"Redis {redis}"
+
+
+def _number(version: str) -> tuple[int, ...]:
+    parts = [int(part) if part.isdigit() else 0 for part in version.strip().split(".")[:3]]
+    return (*parts, 0, 0, 0)[:3]

@@ -1,0 +1,42 @@
+"""The configuration page names every key, and no key that does not exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from config import settings
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "configuration.md").read_text()
+TABLES = {
+    "server": settings.Server,
+    "providers": settings.Provider,
+    "routes": settings.Route,
+    "billing": settings.Billing,
+    "bounds": settings.Bounds,
+    "metering": settings.Metering,
+    "redis": settings.Redis,
+    "embedded": settings.Embedded,
+}
+
+
+def section(name: str) -> str:
+    """The part of the page about one table."""
+    found = re.search(rf"^## `\[{name}\b.*?(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL)
+    assert found, name
+    return found[0]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_key_is_documented_and_every_documented_key_exists(name: str) -> None:
+    rows = [line.split("|")[1] for line in section(name).splitlines() if line.startswith("| `")]
+    assert sorted(key for row in rows for key in re.findall(r"`([a-z_]+)`", row)) == sorted(
+        TABLES[name].__struct_fields__
+    )
+
+
+def test_every_price_class_is_documented() -> None:
+    text = section("prices")
+    assert [name for name in settings.Price.__struct_fields__ if f"`{name}`" not in text] == []

@@ -150,6 +150,8 @@ def handle(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:
         )
     telemetry.REQUESTS.labels(look.status, look.code or "").inc()
     headers = {"x-request-id": identity, **headers_of(public)}
+    if getattr(public, "session", None) is not None and state.get("route") is not None:
+        headers["x-tollgate-route"] = state["route"]
     body = msgspec.json.encode({"error": error_object(public)})
     return Response(body, status_code=look.status, headers=headers, media_type="application/json")
 

@@ -73,9 +73,11 @@ async def _serve(server: _Server, worker: Worker, listening: socket.socket) -> N
 
     def asked(drain_s: float) -> None:
         nonlocal seconds
-        if not stop.is_set():
-            seconds = drain_s
-            stop.set()
+        if stop.is_set():
+            worker.live.end_all()  # asked twice: hurry
+            return
+        seconds = drain_s
+        stop.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, asked, float(worker.bounds.drain_s))

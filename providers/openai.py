@@ -129,7 +129,11 @@ class OpenAICodec:
         if self._first is None:
             self._first = payload
         if repair or reported or self._call.rename_to is not None:
-            payload = repaired(payload, self._call.rename_to, choices=repair, null_usage=self._call.usage_wanted)
+            try:
+                payload = repaired(payload, self._call.rename_to, choices=repair, null_usage=self._call.usage_wanted)
+            except msgspec.DecodeError:  # a shape that no client could read either
+                self._fail(events, _garbage("The provider sent a chunk of an unknown shape."))
+                return
         events.append(Chunk(payload, deltas, tuple(finished), content=bool(deltas or finished)))
 
     def _choice(self, choice: WireChoice, deltas: list[Delta], finished: list[int]) -> bool:

@@ -173,12 +173,16 @@ class LiveSessions:
         """Let running sessions end by themselves, then end the rest; returns when all is settled or given up."""
         self.draining = True
         await self._emptied(seconds, tasks_too=False)
-        for session in list(self._sessions.values()):
-            session.end(Ending.SHUTDOWN, Draining())
+        self.end_all()
         await self._emptied(self._metering.lease_ms / 1000, tasks_too=True)
         if self._ticker is not None:
             self._ticker.cancel()
             await asyncio.wait({self._ticker})
+
+    def end_all(self) -> None:
+        """End what still runs, in-band where a client listens."""
+        for session in list(self._sessions.values()):
+            session.end(Ending.SHUTDOWN, Draining())
 
     async def _emptied(self, seconds: float, *, tasks_too: bool) -> None:
         """Wait, at most so long, until no session (and no detached task) is left."""

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
-from litestar import Litestar, Request, Response, asgi, get
+from litestar import Litestar, Request, Response, asgi, route
 from litestar.types import Receive, Scope, Send
 
 from gateway import errors, health
@@ -42,15 +42,23 @@ def create_app(plane: DataPlane, health_of: Health, *, with_metrics: bool) -> Li
 
 
 def _models(plane: DataPlane) -> list[Any]:
-    @get("/v1/models")
+    # OPTIONS is named so that the framework does not answer it by itself.
+    @route("/v1/models", http_method=["GET", "OPTIONS"])
     async def models(request: Request[Any, Any, Any]) -> Response[Any]:
+        _only_get(request)
         return _model_answer(await plane.list_models(request.scope))
 
-    @get("/v1/models/{name:path}")
+    @route("/v1/models/{name:path}", http_method=["GET", "OPTIONS"])
     async def model(request: Request[Any, Any, Any], name: str) -> Response[Any]:
+        _only_get(request)
         return _model_answer(await plane.find_model(request.scope, name.removeprefix("/")))
 
     return [models, model]
+
+
+def _only_get(request: Request[Any, Any, Any]) -> None:
+    if request.method != "GET":
+        raise RouteNotFound(f"Invalid URL ({request.method} {request.scope['path'][:200]})")
 
 
 def _model_answer(content: dict[str, Any]) -> Response[Any]:
@@ -61,17 +69,22 @@ def _model_answer(content: dict[str, Any]) -> Response[Any]:
 
 def _route(path: str, method: str, handler: Handler) -> Any:
     @asgi(path, copy_scope=False)
-    async def route(scope: Scope, receive: Receive, send: Send) -> None:
+    async def handle(scope: Scope, receive: Receive, send: Send) -> None:
         used = scope.get("method")
         if used != method:
             raise RouteNotFound(f"Invalid URL ({used} {scope['path'][:200]})")
         await handler(scope, receive, send)
 
-    return route
+    return handle
 
 
 async def _answer(send: Send, status: int, body: bytes, content_type: bytes = b"application/json") -> None:
-    headers = [(b"content-type", content_type), (b"content-length", b"%d" % len(body)), (b"cache-control", b"no-store")]
+    headers = [
+        (b"content-type", content_type),
+        (b"content-length", b"%d" % len(body)),
+        (b"cache-control", b"no-store"),
+        (b"x-request-id", request_id().encode()),
+    ]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})
 

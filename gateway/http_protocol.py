@@ -1,6 +1,7 @@
-"""uvicorn's HTTP protocol with what a gateway needs of it: bounds on the request head, and a way to drop a client.
+"""uvicorn's HTTP protocol with what a gateway needs of it: bounds on the request head, one answer for each request, and a
+way to drop a client.
 
-Must not: change how requests are parsed or answered.
+Must not: change how requests are parsed.
 """
 
 from __future__ import annotations
@@ -8,24 +9,35 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from gateway.errors import error_object
+from proxy import telemetry
+from proxy.errors import InvalidBody
+from proxy.ids import request_id
 
 HEAD_BYTES_MAX = 64 * 1024
 HEADERS_MAX = 200
+
+
+class HeadTooLarge(Exception):
+    """A request's head is above the bound."""
 
 
 def protocol(header_ms: int) -> type[HttpToolsProtocol]:
     """The protocol class for one worker; a client has `header_ms` to send a request's head."""
 
     class BoundedProtocol(HttpToolsProtocol):
-        """A connection that is closed when its head is too slow or too large."""
+        """A connection that is closed when its head is too slow or too large, and after a request that was answered
+        before its body had come: what still comes of it is thrown away, for `header_ms` at most."""
 
         _timer: asyncio.TimerHandle | None = None
         _head_bytes = 0
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self._await_head()
+            self._close_later()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_timer()
@@ -36,7 +48,7 @@ def protocol(header_ms: int) -> type[HttpToolsProtocol]:
             self._head_bytes = 0
             self.scope["state"]["abort"] = self.transport.abort
             if self._timer is None:
-                self._await_head()
+                self._close_later()
 
         def on_url(self, url: bytes) -> None:
             self._grow(len(url))
@@ -50,12 +62,35 @@ def protocol(header_ms: int) -> type[HttpToolsProtocol]:
             self._stop_timer()
             super().on_headers_complete()
 
+        def on_message_complete(self) -> None:
+            super().on_message_complete()
+            if self._answered_early():
+                self.transport.close()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            if self._answered_early() and self._timer is None:
+                self._close_later()
+
+        def send_400_response(self, msg: str) -> None:
+            """Bytes that are no HTTP are answered in the form of all errors, and never into or after another answer."""
+            if self.transport.is_closing():
+                return
+            cycle = self.cycle
+            between = cycle is None or (cycle.response_complete and not cycle.more_body)
+            if between or (cycle.more_body and not cycle.response_started and not self.pipeline):
+                self.transport.write(_refusal())
+            self.transport.close()
+
+        def _answered_early(self) -> bool:
+            return self.cycle.response_complete and self.cycle.more_body
+
         def _grow(self, size: int) -> None:
             self._head_bytes += size
             if self._head_bytes > HEAD_BYTES_MAX or len(self.headers) > HEADERS_MAX:
-                self.transport.abort()
+                raise HeadTooLarge  # the parser stops here; an aborted transport would let it go on to the handler
 
-        def _await_head(self) -> None:
+        def _close_later(self) -> None:
             self._timer = self.loop.call_later(header_ms / 1000, self._too_slow)
 
         def _stop_timer(self) -> None:
@@ -68,3 +103,13 @@ def protocol(header_ms: int) -> type[HttpToolsProtocol]:
             self.transport.close()
 
     return BoundedProtocol
+
+
+def _refusal() -> bytes:
+    """The answer to what is no HTTP, whole."""
+    telemetry.REQUESTS.labels(400, "").inc()
+    body = msgspec.json.encode({"error": error_object(InvalidBody("The request is not valid HTTP/1.1."))})
+    return (
+        b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
+        b"content-length: %d\r\nx-request-id: %b\r\n\r\n%b" % (len(body), request_id().encode(), body)
+    )

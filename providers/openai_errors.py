@@ -12,6 +12,7 @@ import msgspec
 from providers.events import FailureKind, ProviderFailure
 
 MESSAGE_CHARS_MAX = 2_000
+_KEY_REFUSED = {"invalid_api_key", "authentication_error"}
 UNTOLD = "The provider reported an error."
 _decode = msgspec.json.Decoder().decode
 
@@ -34,6 +35,8 @@ def failure_from_frame(payload: bytes) -> ProviderFailure:
     status = _status_in(payload)
     failure.status = status or 502
     failure.kind = _kind(status) if status else "server"
+    if _KEY_REFUSED & {failure.type, failure.code}:
+        failure.kind = "key_refused"  # a 401 that came too late for a status; its text may quote our key
     return failure
 
 

@@ -18,5 +18,5 @@ def session_id() -> str:
 
 
 def request_id() -> str:
-    """`req_` and 32 hex digits."""
-    return "req_" + os.urandom(16).hex()
+    """A random UUID: it goes on to providers too, and some servers refuse an x-request-id of any other form."""
+    return str(uuid.UUID(bytes=os.urandom(16), version=4))

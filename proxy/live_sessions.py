@@ -82,9 +82,10 @@ class LiveSessions:
             telemetry.log.error("a detached task failed", exc_info=task.exception())
 
     async def extend(self, session: LiveSession) -> None:
-        """Checkpoint and ask for one more slice of output; returns when the ledger has answered (or could not)."""
-        want = session.held + session.slice_cost
-        if session.checkpoint is not None:
+        """Checkpoint and ask for a slice beyond the hold and all that is metered (a chunk may be larger than a slice);
+        returns when the ledger has answered (or could not)."""
+        want = max(session.held, session.metered_now()) + session.slice_cost
+        while session.checkpoint is not None:  # the tick may start another before this task runs again
             await asyncio.wait({session.checkpoint})
         if session.ending is None and session.held < want:
             await asyncio.wait({self.checkpoint(session, want)})

@@ -230,7 +230,7 @@ class Upstreams:
             attempt.close(session.ending.value)
             return SessionEnded()
         public = error if isinstance(error, CallError) else transport_error(error)
-        attempt.close(type(public).__name__, public.status if isinstance(public, ProviderError) else None)
+        attempt.close(type(public).__name__, exchange.status or None if exchange is not None else None)
         telemetry.ATTEMPTS.labels(attempt.provider, type(public).__name__).inc()
         telemetry.log.warning(
             "attempt failed",

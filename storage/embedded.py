@@ -157,9 +157,14 @@ class EmbeddedStores:
                 self._lock = None
 
     def ensure(self) -> list[str]:
-        """Start every server again that ended by itself; the names of those. Raises EmbeddedError. Blocks."""
-        gone = [server for server in self._servers if not server.alive()]
+        """Start every server again that ended by itself or is about to; the names of those. Raises EmbeddedError.
+
+        Blocks. Postgres asked to end (SIGTERM) waits for its clients, and the journal's connection never leaves.
+        """
+        gone = [server for server in self._servers if not server.alive() or server.leaving()]
         for server in gone:
+            if server.leaving():
+                server.stop()
             server.launch()
             server.wait_ready()
         return [server.plan.name for server in gone]
@@ -233,7 +238,8 @@ class EmbeddedStores:
             argv=tuple(argv),
             home=home,
             url=f"postgresql://{DATABASE}@/{DATABASE}?host={quote(str(sockets), safe='/')}&port={_PG_PORT}",
-            ready=lambda pid: _postgres_ready(home, pid),
+            ready=lambda pid: _postgres_state(home, pid) == "ready",
+            leaving=lambda pid: _postgres_state(home, pid) == "stopping",
             stop=_POSTGRES_STOP,
             stale=(home / "postmaster.pid", sockets / f".s.PGSQL.{_PG_PORT}.lock", sockets / f".s.PGSQL.{_PG_PORT}"),
         )
@@ -360,13 +366,13 @@ def _valkey_ready(path: Path) -> bool:
         return False
 
 
-def _postgres_ready(home: Path, pid: int) -> bool:
-    """Postgres writes its state into the eighth line of `postmaster.pid`."""
+def _postgres_state(home: Path, pid: int) -> str:
+    """Postgres writes its state into the eighth line of `postmaster.pid`; empty where this process wrote none."""
     try:
         lines = (home / "postmaster.pid").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return False
-    return len(lines) >= 8 and lines[0].strip() == str(pid) and lines[7].strip() == "ready"
+        return ""
+    return lines[7].strip() if len(lines) >= 8 and lines[0].strip() == str(pid) else ""
 
 
 def _running_url(data_dir: Path, name: str) -> str:
@@ -382,6 +388,6 @@ def _running_url(data_dir: Path, name: str) -> str:
         if name == "valkey":
             answers = _valkey_ready(Path(unquote(record.url.removeprefix("unix://"))))
         else:
-            answers = _postgres_ready(home, record.pid)
+            answers = _postgres_state(home, record.pid) == "ready"
         return record.url if answers else ""
     return ""

@@ -41,7 +41,7 @@ Log = Callable[[str], None]
 class Plan:
     """How one server runs. `process` and `home` (its working folder) identify it; `url` is what clients use;
     `ready` gets the main process id; `stop` lists signals with the seconds each may take; `stale` are files of a killed
-    server that would stop the next one."""
+    server that would stop the next one; `leaving` gets the main process id of a server that may be shutting down."""
 
     name: str
     process: str
@@ -51,6 +51,7 @@ class Plan:
     ready: Callable[[int], bool]
     stop: tuple[tuple[signal.Signals, float], ...]
     stale: tuple[Path, ...] = ()
+    leaving: Callable[[int], bool] = lambda _: False
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -171,6 +172,10 @@ class ServerProcess:
         if self._child is not None:
             return self._child.poll() is None
         return self._pid != 0 and self._is_ours(self._pid)
+
+    def leaving(self) -> bool:
+        """Whether it still runs but was told by somebody else to end, and takes no new clients."""
+        return self.alive() and self.plan.leaving(self._pid)
 
     def launch(self) -> None:
         """Start the server, or adopt a survivor that runs as planned; one that does not is stopped first."""

@@ -21,8 +21,6 @@ import pytest
 import redis
 from sqlalchemy import text
 
-from config.run import load_or_create_secret
-from config.settings import ConfigError
 from storage.database import connect, engine
 from storage.embedded import BusyError, EmbeddedError, EmbeddedStores, Stores, stores_for
 from storage.embedded_files import choose_owner, copy_binaries
@@ -400,14 +398,3 @@ def test_the_copied_binaries_make_a_cluster(data_dir: Path) -> None:
     done = subprocess.run([initdb, "-D", home, "--no-sync"], capture_output=True, text=True, **run_as(owner))
     assert done.returncode == 0, done.stdout + done.stderr
     assert (home / "PG_VERSION").read_text() == "18\n"
-
-
-def test_the_secret_is_made_once_and_kept(data_dir: Path) -> None:
-    first = load_or_create_secret(data_dir, {})
-    assert len(first) >= 32
-    assert (data_dir / "secret").stat().st_mode & 0o777 == 0o600
-    assert load_or_create_secret(data_dir, {}) == first
-    assert load_or_create_secret(data_dir, {"TOLLGATE_SECRET": "given"}) == b"given"
-    (data_dir / "secret").chmod(0o644)
-    with pytest.raises(ConfigError, match="chmod 600"):
-        load_or_create_secret(data_dir, {})

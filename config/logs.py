@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
+import msgspec
 import structlog
 
 _SECRETS = re.compile(
@@ -26,6 +27,11 @@ _REDACTED = "[redacted]"
 def redact(text: str) -> str:
     """`text` without API keys, bearer values, provider keys and passwords in URLs."""
     return _SECRETS.sub(_REDACTED, text)
+
+
+def _json(event: object, default: Callable[[Any], Any], **_: object) -> str:
+    """A third of the standard encoder's time; what it does not know is shown by `default`."""
+    return msgspec.json.encode(event, enc_hook=default).decode()
 
 
 def _redact_event(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
@@ -52,7 +58,7 @@ def configure(level: str, process: str) -> None:
     ]
     # Our own lines bypass the logging module: a third of its cost, and they need none of its features.
     structlog.configure(
-        processors=[*shared, structlog.processors.JSONRenderer()],
+        processors=[*shared, structlog.processors.JSONRenderer(serializer=_json)],
         logger_factory=structlog.WriteLoggerFactory(sys.stderr),
         wrapper_class=structlog.make_filtering_bound_logger(threshold),
         cache_logger_on_first_use=True,
@@ -61,7 +67,7 @@ def configure(level: str, process: str) -> None:
         foreign_pre_chain=[structlog.stdlib.add_logger_name, *shared],
         processors=[
             structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-            structlog.processors.JSONRenderer(),
+            structlog.processors.JSONRenderer(serializer=_json),
         ],
     )
     handler = logging.StreamHandler(sys.stderr)

@@ -40,3 +40,13 @@ def test_every_key_is_documented_and_every_documented_key_exists(name: str) -> N
 def test_every_price_class_is_documented() -> None:
     text = section("prices")
     assert [name for name in settings.Price.__struct_fields__ if f"`{name}`" not in text] == []
+
+
+def test_every_metric_is_documented_and_every_documented_metric_exists() -> None:
+    root = Path(__file__).resolve().parents[2]
+    page = (root / "docs" / "operations.md").read_text()
+    sources = [
+        path.read_text() for package in ("gateway", "proxy", "metering") for path in (root / package).rglob("*.py")
+    ]
+    made = {name for text in sources for name in re.findall(r'"(tollgate_[a-z_]+)"', text)}
+    assert made == set(re.findall(r"`(tollgate_[a-z_]+)[`{]", page))

@@ -85,14 +85,15 @@ CHARGES: dict[tuple[Ending, Phase, bool], tuple[Charge, Outcome]] = {
     },
     (Ending.UPSTREAM_FAILED, Phase.CONTENT, True): (Charge.COUNTED, "error"),
     (Ending.UPSTREAM_FAILED, Phase.CONTENT, False): (Charge.NOTHING, "void"),
-    # A client that leaves pays what the provider had confirmed and produced until the cancel.
+    # A client that leaves pays what the provider had confirmed and produced until the cancel, by our own count: usage
+    # that a provider reports as it goes may lag behind what was delivered.
     **{
         (ending, phase, True): (Charge.NOTHING, "void")
         for ending in (Ending.CLIENT_GONE, Ending.CLIENT_STALLED)
         for phase in _BEFORE_ANSWER
     },
     **{
-        (ending, phase, True): (Charge.REPORTED, "aborted")
+        (ending, phase, True): (Charge.COUNTED, "aborted")
         for ending in (Ending.CLIENT_GONE, Ending.CLIENT_STALLED)
         for phase in _AFTER
     },

@@ -142,7 +142,10 @@ class Settler:
             "output": due.usage.output,
             "reasoning": due.usage.reasoning,
             "counted_prompt": call.prompt_tokens,
-            "counted_output": counted.output if counted is not None else 0,
+            # None: a whole answer with believable usage is not tokenised.
+            "counted_output": counted.output
+            if counted is not None and (session.stream or due.source != "provider")
+            else None,
             "source": due.source,
             "ending": ending.value,
             "first_content_ms": None if first is None else int((first - session.started_at) * 1000),

@@ -85,17 +85,20 @@ class Greeter:
         self._demo: Demo | None = None
 
     async def prepare(self, this_run: Run) -> None:
-        """Before anything serves: shards, the demo of a fresh data folder, and whether the secret is still the same.
+        """Before anything serves: shards, prices, the demo of a fresh data folder, and whether the secret is the same.
 
         Raises what `opened` and `ensure_demo` raise.
         """
         from accounts import admin
+        from config import catalog
+        from metering import price_versions
         from metering.server_check import inspect
         from storage.embedded import Stores
 
         stores, folder = Stores(this_run.redis_url, this_run.database_url), Path(this_run.data_dir)
         async with opened(self._config, self._secrets, stores, folder) as ctx:
             _refuse_unfit(await inspect(ctx.redis), allow_old=self._config.redis.allow_old_server)
+            await price_versions.keep(ctx.pool, catalog.read(Path(this_run.catalog_path)))
             self._demo = await ensure_demo(ctx)
             foreign = await admin.check_pepper(ctx.pool, ctx.redis, ctx.pepper)
         if foreign:

@@ -6,6 +6,7 @@ Must not: read the body's bytes itself, answer the client, or call a provider.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -48,7 +49,8 @@ from proxy.live_sessions import LiveSessions, boot_ms
 from proxy.request import ChatRequest
 from proxy.upstream import PreparedCall
 
-RESERVE_TRIES = 2
+RETRY_WITHIN_S = 0.2
+RETRY_PAUSE_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,14 +189,17 @@ class Admission:
         )
 
     async def _reserve(self, hold: HoldRequest) -> Held:
-        """Reserve, once more when the reply is lost; a reserve given up is voided so that a late one cannot leak."""
+        """Reserve, once more when the answer is lost soon; a reserve given up is voided so that a late one cannot leak."""
         reply: Held | Refused | None = None
-        for _ in range(RESERVE_TRIES):
+        began = time.monotonic()
+        while reply is None:
             try:
                 reply = await self._ledger.reserve(hold)
-                break
             except LedgerUnavailable:
-                continue
+                # A lost connection is worth another try; a call that timed out is not: the client is waiting.
+                if time.monotonic() - began > RETRY_WITHIN_S:
+                    break
+                await asyncio.sleep(RETRY_PAUSE_S)
             except LedgerError:
                 raise InternalError from None
         if reply is None:

@@ -265,11 +265,12 @@ async def test_after_the_supervisor_is_killed_everything_is_taken_over_by_the_ne
         balance = await gateway.idle(key)
         rows = {row["sid"]: row for row in await gateway.sessions(key, 2)}
         assert set(rows) == {one.session for one in made}
-        for one in made:
-            assert one.status == 200
-            assert rows[one.session]["charged"] > 0
-            if rows[one.session]["outcome"] != "swept":  # settled by its worker on the way out
-                assert rows[one.session]["charged"] >= one.tokens
+        for one in made:  # an orphaned worker settles and tells its clients; the simulated provider may leave first
+            assert one.whole
+            assert one.error is not None
+            assert one.error["code"] in ("shutting_down", "upstream_truncated")
+            assert rows[one.session]["outcome"] == "error"
+            assert rows[one.session]["charged"] >= one.tokens > 0
         assert balance.available == 1_000_000 - sum(row["charged"] for row in rows.values())
         async with httpx2.AsyncClient(base_url=gateway.url, headers=bearer(key), timeout=20) as client:
             assert (await client.post("/v1/chat/completions", json=ask(3, stream=False))).status_code == 200

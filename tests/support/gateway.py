@@ -225,16 +225,15 @@ class Gateway:
     async def stores(self) -> AsyncIterator[Stores]:
         """Connections to this instance's stores."""
         run = self.run
-        redis = RedisClient(run.redis_url, call_ms=5000, connect_ms=5000, pending_max=10_000)
-        await redis.start()
-        ledger = RedisLedger(redis)
-        await ledger.start()
-        pool = await connect_pool(run.database_url)
-        try:
+        async with contextlib.AsyncExitStack() as stack:
+            redis = RedisClient(run.redis_url, call_ms=5000, connect_ms=5000, pending_max=10_000)
+            stack.push_async_callback(redis.aclose)
+            await redis.start()
+            ledger = RedisLedger(redis)
+            await ledger.start()
+            pool = await connect_pool(run.database_url)
+            stack.push_async_callback(pool.close)
             yield Stores(pool, redis, ledger, run_file.load_secret(run, os.environ))
-        finally:
-            await pool.close()
-            await redis.aclose()
 
     async def key(self, micros: int = 1_000_000, *, rpm: int | None = None, parallel: int | None = None) -> Key:
         """A key of a fresh account with that much credit."""

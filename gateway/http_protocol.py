@@ -1,5 +1,5 @@
-"""uvicorn's HTTP protocol with what a gateway needs of it: bounds on the request head, one answer for each request, and a
-way to drop a client.
+"""uvicorn's HTTP protocol with what a gateway needs of it: bounds on the request head, one answer for each request, and
+a way to drop a client.
 
 Must not: change how requests are parsed.
 """
@@ -25,84 +25,97 @@ class HeadTooLarge(Exception):
     """A request's head is above the bound."""
 
 
-def protocol(header_ms: int) -> type[HttpToolsProtocol]:
-    """The protocol class for one worker; a client has `header_ms` to send a request's head."""
+class BoundedProtocol(HttpToolsProtocol):
+    """A connection that is closed when its head is too slow or too large, and after a request that was answered
+    before its body had come: what still comes of it is thrown away, for `header_ms` at most."""
 
-    class BoundedProtocol(HttpToolsProtocol):
-        """A connection that is closed when its head is too slow or too large, and after a request that was answered
-        before its body had come: what still comes of it is thrown away, for `header_ms` at most."""
+    header_ms = 15_000
+    _timer: asyncio.TimerHandle | None = None
+    _head_bytes = 0
+    _head_due = True
+    _unread_bytes = 0
 
-        _timer: asyncio.TimerHandle | None = None
-        _head_bytes = 0
+    def data_received(self, data: bytes) -> None:
+        if self._unread_bytes > HEAD_BYTES_MAX:  # one endless header: the parser gathers it and calls nobody
+            self.send_400_response("")
+            return
+        super().data_received(data)
+        self._unread_bytes = self._unread_bytes + len(data) if self._head_due else 0
 
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._close_later()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._head_bytes = 0
+        self._head_due = True
+        self.scope["state"]["abort"] = self.transport.abort
+        if self._timer is None:
             self._close_later()
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._stop_timer()
-            super().connection_lost(exc)
+    def on_url(self, url: bytes) -> None:
+        self._grow(len(url))
+        super().on_url(url)
 
-        def on_message_begin(self) -> None:
-            super().on_message_begin()
-            self._head_bytes = 0
-            self.scope["state"]["abort"] = self.transport.abort
-            if self._timer is None:
-                self._close_later()
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._grow(len(name) + len(value))
+        super().on_header(name, value)
 
-        def on_url(self, url: bytes) -> None:
-            self._grow(len(url))
-            super().on_url(url)
-
-        def on_header(self, name: bytes, value: bytes) -> None:
-            self._grow(len(name) + len(value))
-            super().on_header(name, value)
-
-        def on_headers_complete(self) -> None:
-            self._stop_timer()
+    def on_headers_complete(self) -> None:
+        self._stop_timer()
+        self._head_due = False
+        if not self.transport.is_closing():  # else a request behind the one that ended the connection
             super().on_headers_complete()
 
-        def on_message_complete(self) -> None:
-            super().on_message_complete()
-            if self._answered_early():
-                self.transport.close()
-
-        def on_response_complete(self) -> None:
-            super().on_response_complete()
-            if self._answered_early() and self._timer is None:
-                self._close_later()
-
-        def send_400_response(self, msg: str) -> None:
-            """Bytes that are no HTTP are answered in the form of all errors, and never into or after another answer."""
-            if self.transport.is_closing():
-                return
-            cycle = self.cycle
-            between = cycle is None or (cycle.response_complete and not cycle.more_body)
-            if between or (cycle.more_body and not cycle.response_started and not self.pipeline):
-                self.transport.write(_refusal())
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        if self._answered_early():
             self.transport.close()
 
-        def _answered_early(self) -> bool:
-            return self.cycle.response_complete and self.cycle.more_body
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._answered_early() and self._timer is None:
+            self._close_later()
 
-        def _grow(self, size: int) -> None:
-            self._head_bytes += size
-            if self._head_bytes > HEAD_BYTES_MAX or len(self.headers) > HEADERS_MAX:
-                raise HeadTooLarge  # the parser stops here; an aborted transport would let it go on to the handler
+    def send_400_response(self, msg: str) -> None:
+        """Bytes that are no HTTP are answered in the form of all errors, and never into or after another answer."""
+        if self.transport.is_closing():
+            return
+        cycle = self.cycle
+        between = cycle is None or (cycle.response_complete and not cycle.more_body)
+        if between or (cycle.more_body and not cycle.response_started and not self.pipeline):
+            self.transport.write(_refusal())
+        self.transport.close()
 
-        def _close_later(self) -> None:
-            self._timer = self.loop.call_later(header_ms / 1000, self._too_slow)
+    def _answered_early(self) -> bool:
+        return self.cycle.response_complete and self.cycle.more_body
 
-        def _stop_timer(self) -> None:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
+    def _grow(self, size: int) -> None:
+        self._head_bytes += size
+        if self._head_bytes > HEAD_BYTES_MAX or len(self.headers) > HEADERS_MAX:
+            raise HeadTooLarge  # the parser stops here; an aborted transport would let it go on to the handler
 
-        def _too_slow(self) -> None:
+    def _close_later(self) -> None:
+        self._timer = self.loop.call_later(self.header_ms / 1000, self._too_slow)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
             self._timer = None
-            self.transport.close()
 
-    return BoundedProtocol
+    def _too_slow(self) -> None:
+        self._timer = None
+        self.transport.close()
+
+
+def protocol(header_ms: int) -> type[BoundedProtocol]:
+    """The protocol class for one worker; a client has `header_ms` to send a request's head."""
+    return type("WorkerProtocol", (BoundedProtocol,), {"header_ms": header_ms})
 
 
 def _refusal() -> bytes:

@@ -102,7 +102,9 @@ class OpenAICodec:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             self._fail(events, _garbage("The provider sent a frame that is not JSON."))
             return
-        if b"\n" in payload:  # sent as several data lines; in JSON such a line end is a space, in a frame of ours an end
+        if (
+            b"\n" in payload
+        ):  # sent as several data lines; in JSON such a line end is a space, in a frame of ours an end
             payload = payload.replace(b"\n", b" ")
         if name == b"error" or (chunk is not None and chunk.error is not None):
             self._fail(events, failure_from_frame(payload))

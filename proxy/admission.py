@@ -189,7 +189,7 @@ class Admission:
         )
 
     async def _reserve(self, hold: HoldRequest) -> Held:
-        """Reserve, once more when the answer is lost soon; a reserve given up is voided so that a late one cannot leak."""
+        """Reserve, again while answers are lost at once; one given up is voided so that a late one cannot leak."""
         reply: Held | Refused | None = None
         began = time.monotonic()
         while reply is None:

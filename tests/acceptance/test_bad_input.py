@@ -1,4 +1,4 @@
-"""Requests that nobody should send: each gets one answer in OpenAI's form, costs nothing, and leaves no trace of itself."""
+"""Requests that nobody should send: each gets one answer in OpenAI's form and costs nothing."""
 
 from __future__ import annotations
 
@@ -86,7 +86,10 @@ async def test_an_empty_body_is_refused(gateway: Gateway, key: Key) -> None:
     ("content_type", "body"),
     [
         ("application/x-www-form-urlencoded", b"model=gpt-4o-mini&messages=hi"),
-        ("multipart/form-data; boundary=x", b'--x\r\ncontent-disposition: form-data; name="model"\r\n\r\ny\r\n--x--\r\n'),
+        (
+            "multipart/form-data; boundary=x",
+            b'--x\r\ncontent-disposition: form-data; name="model"\r\n\r\ny\r\n--x--\r\n',
+        ),
         ("text/html", b"<html></html>"),
     ],
 )
@@ -185,10 +188,13 @@ async def test_an_upstream_address_below_the_root_passes_and_changes_nothing(
     assert {field: seen[field] for field in more} == more
 
 
+def head(key: Key, framing: str) -> bytes:
+    return f"POST {PATH} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key.text}\r\n{framing}\r\n\r\n".encode()
+
+
 async def test_a_body_that_is_announced_too_large_is_refused_before_it_comes(gateway: Gateway, key: Key) -> None:
     async with connected(gateway.port) as client:
-        head = f"POST {PATH} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key.text}\r\ncontent-length: {BODY_MAX + 1}\r\n\r\n"
-        await client.send(head.encode())
+        await client.send(head(key, f"content-length: {BODY_MAX + 1}"))
         answer = await client.answer()
         assert await client.rest() == b""
     assert (answer.status, answer.error()["code"]) == (413, "request_too_large")
@@ -198,8 +204,7 @@ async def test_a_body_that_is_announced_too_large_is_refused_before_it_comes(gat
 @pytest.mark.parametrize("announced", ["9" * 18, "9" * 40])
 async def test_absurd_lengths_are_refused(gateway: Gateway, key: Key, announced: str) -> None:
     async with connected(gateway.port) as client:
-        head = f"POST {PATH} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key.text}\r\ncontent-length: {announced}\r\n\r\n"
-        await client.send(head.encode())
+        await client.send(head(key, f"content-length: {announced}"))
         answer = await client.answer()
         assert await client.rest() == b""
     answer.error()
@@ -208,8 +213,7 @@ async def test_absurd_lengths_are_refused(gateway: Gateway, key: Key, announced:
 
 async def test_a_chunked_body_is_refused_where_it_becomes_too_large(gateway: Gateway, key: Key) -> None:
     async with connected(gateway.port) as client:
-        head = f"POST {PATH} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key.text}\r\ntransfer-encoding: chunked\r\n\r\n"
-        await client.send(head.encode())
+        await client.send(head(key, "transfer-encoding: chunked"))
         for _ in range(BODY_MAX // 65_536 + 1):
             await client.send(b"10000\r\n" + b" " * 65_536 + b"\r\n")
         answer = await client.answer()
@@ -230,10 +234,12 @@ async def call(gateway: Gateway, method: str, path: str, key: str | None = None,
 @pytest.mark.parametrize(
     ("method", "path"),
     [
-        ("POST", "/v1/foo"), ("GET", "/v1/foo"), ("GET", "/v1"), ("GET", "/"), ("DELETE", "/v1/models"), ("POST", "/v1/models"),
+        ("POST", "/v1/foo"), ("GET", "/v1/foo"), ("GET", "/v1"), ("GET", "/"), ("DELETE", "/v1/models"),
+        ("POST", "/v1/models"),
         ("GET", PATH), ("PUT", PATH), ("DELETE", PATH), ("PATCH", PATH), ("OPTIONS", PATH), ("OPTIONS", "/v1/models"),
         ("OPTIONS", "/v1/models/gpt-4o-mini"), ("POST", "/v1/embeddings"), ("POST", "/v1/responses"),
-        ("POST", "/V1/chat/completions"), ("POST", "/v1/chat"), ("GET", "/schema"), ("GET", "/docs"), ("GET", "/openapi.json"),
+        ("POST", "/V1/chat/completions"), ("POST", "/v1/chat"), ("GET", "/schema"), ("GET", "/docs"),
+        ("GET", "/openapi.json"),
         ("TRACE", "/v1/models"), ("PROPFIND", "/v1/models"),
     ],
 )  # fmt: skip
@@ -304,7 +310,8 @@ async def test_keys_that_are_not_accepted_are_401(gateway: Gateway, key: Key) ->
 
 
 FUZZ = ("' OR 1=1 --", '"', "\\", "%00", "tg_live_", "tg_live_" + "'" * 8 + "_" + "a" * 43 + "_aaaaaa", "a" * 10_000,
-        "\xff\xfe\xfd", "${jndi:ldap://x}", "tg_live_../../../_x_y", "{}", "null", "Bearer x", ",", "\t", "=" * 255)  # fmt: skip
+        "\xff\xfe\xfd", "${jndi:ldap://x}", "tg_live_../../../_x_y", "{}", "null", "Bearer x", ",", "\t",
+        "=" * 255)  # fmt: skip
 
 
 @pytest.mark.parametrize("scheme", ["Bearer ", "bearer ", "Bearer  ", "", "Token "])

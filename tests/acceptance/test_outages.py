@@ -36,7 +36,6 @@ from tests.support.outages import (
 LEASE_S = 5.0
 MARGIN_S = 1.0
 CALL_S = 0.5
-RESERVE_TRIES = 2
 SLACK_S = 1.0
 """For a machine that has other work too."""
 
@@ -142,7 +141,7 @@ async def test_while_redis_stands_still_new_calls_are_refused_and_running_stream
         with frozen(server_pids(gateway, "valkey")):
             stopped = time.monotonic()
             seconds, _ = await asyncio.gather(refused(gateway, key), until(lambda: unreachable(gateway), 3, every=0.1))
-            assert seconds < RESERVE_TRIES * CALL_S + SLACK_S
+            assert seconds < CALL_S + SLACK_S
             for stream in made:
                 count = len(stream.frames)
                 await stream.flowing(count + 30)
@@ -155,7 +154,9 @@ async def test_while_redis_stands_still_new_calls_are_refused_and_running_stream
             assert stream.tokens == 500
     balance = await gateway.idle(key)
     rows = await gateway.sessions(key, 4)
-    assert {row["outcome"] for row in rows} == {"completed"}
+    # The refused call's reserve may have run once Redis went on; it was given up, so all it may leave is a void.
+    assert [row["charged"] for row in rows if row["outcome"] == "void"] in ([], [0])
+    assert {row["outcome"] for row in rows} - {"void"} == {"completed"}
     assert sum(row["charged"] for row in rows) == 1_000_000 - balance.available
     await ready(gateway)
     audited(gateway)

@@ -45,7 +45,8 @@ def upstream_port() -> int:
 def gateway(tmp_path_factory: pytest.TempPathFactory, upstream_port: int) -> Iterator[Gateway]:
     """A gateway whose route `raw` leads to this module's sockets."""
     config = config_text() + (
-        f'\n[providers.raw]\nkind = "openai"\nbase_url = "http://127.0.0.1:{upstream_port}/v1"\napi_key_env = "RAW_KEY"\n'
+        f'\n[providers.raw]\nkind = "openai"\nbase_url = "http://127.0.0.1:{upstream_port}/v1"\n'
+        'api_key_env = "RAW_KEY"\n'
         '[routes.raw]\ncandidates = [{ provider = "raw", model = "raw" }]\n[prices.raw]\ninput = "1"\noutput = "1"\n'
         '[routes.raw-then-sim]\ncandidates = [{ provider = "raw", model = "raw" },'
         ' { provider = "sim", model = "gpt-4o-mini" }]\n[prices.raw-then-sim]\ninput = "1"\noutput = "1"\n'
@@ -95,7 +96,9 @@ async def refused(gateway: Gateway, key: Key, answer: Answer) -> tuple[int, str 
 async def test_our_key_refused_is_a_502_without_the_providers_words(
     gateway: Gateway, key: Key, upstream_port: int, stream: bool, line: str
 ) -> None:
-    body = json.dumps({"error": {"message": f"Incorrect API key provided: {CANARY}", "code": "invalid_api_key"}}).encode()
+    body = json.dumps(
+        {"error": {"message": f"Incorrect API key provided: {CANARY}", "code": "invalid_api_key"}}
+    ).encode()
     async with provider(upstream_port, status(line, body, f"www-authenticate: Bearer {CANARY}")) as asked:
         answer = await ask(gateway, key, stream=stream)
     assert (await refused(gateway, key, answer))[:2] == (502, "upstream_key_refused")
@@ -109,7 +112,11 @@ async def test_our_key_refused_is_a_502_without_the_providers_words(
 async def test_our_key_refused_inside_a_200_is_a_502_too(
     gateway: Gateway, key: Key, upstream_port: int, stream: bool
 ) -> None:
-    error = {"message": f"Incorrect API key provided: {CANARY}", "type": "authentication_error", "code": "invalid_api_key"}
+    error = {
+        "message": f"Incorrect API key provided: {CANARY}",
+        "type": "authentication_error",
+        "code": "invalid_api_key",
+    }
     body = json.dumps({"error": error}).encode()
     answers = sse(b"data: " + body + b"\n\n") if stream else status("200 OK", body)
     async with provider(upstream_port, answers):
@@ -134,7 +141,10 @@ async def test_nothing_of_the_clients_headers_goes_up_and_nothing_of_the_provide
     gateway: Gateway, key: Key, upstream_port: int
 ) -> None:
     ours = ("set-cookie: a=b", "x-request-id: theirs", "x-tollgate-charge: 0", "server: nginx", "x-ratelimit-limit: 1")
-    async with provider(upstream_port, sse(START + said(b"hi") + END, *ours)) as asked, connected(gateway.port) as client:
+    async with (
+        provider(upstream_port, sse(START + said(b"hi") + END, *ours)) as asked,
+        connected(gateway.port) as client,
+    ):
         answer = await client.chat(
             key.text,
             {"model": "raw", "messages": ASK, "stream": True},
@@ -148,7 +158,15 @@ async def test_nothing_of_the_clients_headers_goes_up_and_nothing_of_the_provide
         )
     stream_of(answer, usage_wanted=False)
     names = {line.split(b":")[0].lower() for line in asked[0].split(b"\r\n\r\n")[0].split(b"\r\n")[1:]}
-    allowed = {b"host", b"content-type", b"content-length", b"accept", b"accept-encoding", b"user-agent", b"x-request-id"}
+    allowed = {
+        b"host",
+        b"content-type",
+        b"content-length",
+        b"accept",
+        b"accept-encoding",
+        b"user-agent",
+        b"x-request-id",
+    }
     assert names <= allowed | {b"authorization"}
     assert key.text.encode() not in asked[0]
     assert b"someone" not in asked[0]
@@ -182,8 +200,8 @@ async def test_a_rate_limit_falls_back(gateway: Gateway, key: Key, upstream_port
 FRAMES = {
     "a frame in two data lines": b'data: {"id":"x","choices":[{"index":0,\ndata: "delta":{"content":"hi"}}]}\n\n',
     "line ends inside JSON": b'data: {"choices":[{"index":0,\r\ndata:"delta":{\rdata: "content":"hi"}}]}\r\n\r\n',
-    "other fields beside data": b'id: 7\nevent: chunk\nretry: 5\nfoo: bar\n' + said(b"hi"),
-    "an escaped end inside content": said(b'hi\\n\\nevent: x\\ndata: [DONE]\\n\\n'),
+    "other fields beside data": b"id: 7\nevent: chunk\nretry: 5\nfoo: bar\n" + said(b"hi"),
+    "an escaped end inside content": said(b"hi\\n\\nevent: x\\ndata: [DONE]\\n\\n"),
     "a byte order mark": said(b"hi"),
     "trailing spaces": b'data: {"choices":[{"index":0,"delta":{"content":"hi"}}]}   \n\n',
     "nothing but blank lines first": b"\n\n\n\n" + said(b"hi"),
@@ -223,7 +241,8 @@ WHOLE_GARBAGE = {
     "a number": status("200 OK", b"1"),
     "no content": b"HTTP/1.1 204 No Content\r\nconnection: close\r\n\r\n",
     "two lengths": b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ncontent-length: 3\r\n\r\n{}",
-    "a length and chunks": b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+    "a length and chunks": b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ntransfer-encoding: chunked\r\n\r\n"
+    b"2\r\n{}\r\n0\r\n\r\n",
     "a bad chunk size": b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n",
     "endless headers": b"HTTP/1.1 200 OK\r\n" + b"x-a: " + b"a" * 1_000_000 + b"\r\n\r\n{}",
     "HTTP/2's preface": b"\x00\x00\x12\x04\x00\x00\x00\x00\x00\x00\x03\x00\x00\x00\x64",

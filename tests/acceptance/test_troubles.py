@@ -1,4 +1,4 @@
-"""Every scripted trouble of a provider, streamed and not: what the client gets, who pays, and that nothing stays held."""
+"""Every scripted trouble of a provider, streamed and not: what the client gets, who pays, that nothing stays held."""
 
 from __future__ import annotations
 
@@ -304,7 +304,8 @@ async def test_a_whole_answer_keeps_every_byte_but_its_usage(gateway: Gateway, k
 async def test_a_request_that_needs_no_change_reaches_the_provider_byte_for_byte(gateway: Gateway, key: Key) -> None:
     body = (
         b' {"stream_options" : {"include_usage":true, "x":1e2},"zz":[1.50,"\\u00e9\\/"],"stream":true ,"model":'
-        b'"sim-extra-fields","messages":[ {"role":"user","content":"hi \\ud83d\\ude80","api_base":"x"}],"max_tokens":7}\n'
+        b'"sim-extra-fields","messages":[ {"role":"user","content":"hi \\ud83d\\ude80","api_base":"x"}],'
+        b'"max_tokens":7}\n'
     )
     async with connected(gateway.port) as client:
         answer = await client.chat(key.text, body, cookie="c=1", x_forwarded_for="1.2.3.4", connection="authorization")

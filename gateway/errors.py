@@ -107,7 +107,7 @@ def sse_payload(error: Exception) -> bytes:
 
 
 def headers_of(error: Exception) -> dict[str, str]:
-    """retry-after, retry-after-ms, x-should-retry and the session, where the error has them."""
+    """retry-after, retry-after-ms, x-should-retry and the bill, where the error has them."""
     headers: dict[str, str] = {}
     look = shown(error)
     wait_ms = getattr(error, "retry_after_ms", None)
@@ -118,10 +118,8 @@ def headers_of(error: Exception) -> dict[str, str]:
         headers["retry-after-ms"] = str(wait_ms)
     if look.retry is not None:
         headers["x-should-retry"] = "true" if look.retry else "false"
-    session = getattr(error, "session", None)
-    if session is not None:
-        headers["x-tollgate-session"] = session
-        headers["x-tollgate-charge"] = "0"
+    if isinstance(error, call.CallError):
+        headers |= {name.decode(): value.decode() for name, value in error.headers}
     return headers
 
 
@@ -150,8 +148,6 @@ def handle(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:
         )
     telemetry.REQUESTS.labels(look.status, look.code or "").inc()
     headers = {"x-request-id": identity, **headers_of(public)}
-    if getattr(public, "session", None) is not None and state.get("route") is not None:
-        headers["x-tollgate-route"] = state["route"]
     body = msgspec.json.encode({"error": error_object(public)})
     return Response(body, status_code=look.status, headers=headers, media_type="application/json")
 

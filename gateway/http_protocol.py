@@ -19,6 +19,7 @@ from proxy.ids import request_id
 
 HEAD_BYTES_MAX = 64 * 1024
 HEADERS_MAX = 200
+WRITE_GRACE_S = 0.5
 
 
 class HeadTooLarge(Exception):
@@ -30,6 +31,8 @@ class BoundedProtocol(HttpToolsProtocol):
     before its body had come: what still comes of it is thrown away, for `header_ms` at most."""
 
     header_ms = 15_000
+    write_ms = 60_000
+    _write_timer: asyncio.TimerHandle | None = None
     _timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
     _head_due = True
@@ -48,7 +51,16 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._stop_write_timer()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_writes()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_write_timer()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -108,14 +120,32 @@ class BoundedProtocol(HttpToolsProtocol):
             self._timer.cancel()
             self._timer = None
 
+    def _watch_writes(self) -> None:
+        """A client that reads nothing of what waits for it is dropped: also after the last write of an answer, when no
+        session is left that could notice. A little later than the session's own bound, which names the ending."""
+        waiting = self.transport.get_write_buffer_size()
+        self._write_timer = self.loop.call_later(self.write_ms / 1000 + WRITE_GRACE_S, self._read_nothing, waiting)
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    def _read_nothing(self, waiting: int) -> None:
+        if self.transport.get_write_buffer_size() >= waiting:
+            self.transport.abort()
+        else:
+            self._watch_writes()
+
     def _too_slow(self) -> None:
         self._timer = None
         self.transport.close()
 
 
-def protocol(header_ms: int) -> type[BoundedProtocol]:
-    """The protocol class for one worker; a client has `header_ms` to send a request's head."""
-    return type("WorkerProtocol", (BoundedProtocol,), {"header_ms": header_ms})
+def protocol(header_ms: int, write_ms: int) -> type[BoundedProtocol]:
+    """The protocol class for one worker; a client has `header_ms` to send a request's head, and `write_ms` to take
+    something of what waits for it."""
+    return type("WorkerProtocol", (BoundedProtocol,), {"header_ms": header_ms, "write_ms": write_ms})
 
 
 def _refusal() -> bytes:

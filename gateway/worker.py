@@ -52,7 +52,7 @@ async def serve() -> None:
         server = _Server(
             uvicorn.Config(
                 worker.app,
-                http=protocol(config.bounds.client_header_ms),
+                http=protocol(config.bounds.client_header_ms, config.bounds.client_write_ms),
                 ws="none",
                 lifespan="off",
                 log_config=None,

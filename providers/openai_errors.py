@@ -12,7 +12,8 @@ import msgspec
 from providers.events import FailureKind, ProviderFailure
 
 MESSAGE_CHARS_MAX = 2_000
-_KEY_REFUSED = {"invalid_api_key", "authentication_error"}
+_OUR_FAULT = {"invalid_api_key", "authentication_error", "insufficient_quota"}
+"""Our key or our account at the provider is at fault. A caller would read it as its own, which it has here too."""
 UNTOLD = "The provider reported an error."
 _decode = msgspec.json.Decoder().decode
 
@@ -20,24 +21,27 @@ _decode = msgspec.json.Decoder().decode
 def failure_from_status(status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> ProviderFailure:
     """A provider's answer with a status other than 2xx."""
     failure = failure_from_body(body)
-    failure.status = status
-    failure.kind = _kind(status)
+    _judge(failure, status)
     failure.retry_after_s = _retry_after_s(headers)
-    if status >= 500:
-        # Inference servers put file paths and the refused input (a prompt) into the text of a 500.
-        failure.message, failure.param = f"The provider reported an error (status {status}).", None
     return failure
 
 
 def failure_from_frame(payload: bytes) -> ProviderFailure:
     """An in-band error: `{"error": {...}}`, a bare error object, or a chunk whose finish_reason is "error"."""
     failure = failure_from_body(payload)
-    status = _status_in(payload)
-    failure.status = status or 502
-    failure.kind = _kind(status) if status else "server"
-    if _KEY_REFUSED & {failure.type, failure.code}:
-        failure.kind = "key_refused"  # a 401 that came too late for a status; its text may quote our key
+    _judge(failure, _status_in(payload) or 502)
     return failure
+
+
+def _judge(failure: ProviderFailure, status: int) -> None:
+    """Set status and kind. Texts of faults that are not the caller's stay here: inference servers put file paths and
+    the refused input (a prompt) into the text of a 500, and a refused key is quoted."""
+    failure.status = status
+    failure.kind = _kind(status)
+    if _OUR_FAULT & {failure.type, failure.code}:
+        failure.kind = "key_refused"  # also a 401 that came too late for a status
+    if status >= 500:
+        failure.message, failure.param = f"The provider reported an error (status {status}).", None
 
 
 def failure_from_body(body: bytes) -> ProviderFailure:
@@ -78,13 +82,13 @@ def _status_in(payload: bytes) -> int | None:
 
 
 def _kind(status: int) -> FailureKind:
-    if status in (401, 403):
+    if status in (401, 402, 403):
         return "key_refused"
     if status == 429:
         return "rate_limited"
     if status in (503, 529):
         return "overloaded"
-    return "caller" if 400 <= status < 500 and status not in (402, 408) else "server"
+    return "caller" if 400 <= status < 500 and status != 408 else "server"
 
 
 def _retry_after_s(headers: list[tuple[bytes, bytes]]) -> float | None:

@@ -25,8 +25,8 @@ class CallError(Exception):
         self.param = param
         self.metadata = metadata
         self.retry_after_ms = retry_after_ms
-        self.session: str | None = None
-        """The session that failed, once there was one; it reaches the client as a header."""
+        self.headers: list[tuple[bytes, bytes]] = []
+        """The bill's headers, once a session had been held."""
 
 
 class InvalidBody(CallError):
@@ -110,7 +110,7 @@ class UpstreamTimedOut(CallError):
 
 
 class UpstreamKeyRefused(CallError):
-    """The provider refused the gateway's credentials."""
+    """The provider refused the gateway's own key or account."""
 
 
 class LeaseLost(CallError):

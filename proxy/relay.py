@@ -15,7 +15,7 @@ from metering.ledger import Settled
 from metering.meter import Meter
 from providers.events import Chunk, Completed, Failed, UsageSeen
 from proxy import telemetry
-from proxy.answer import session_members, usage_json
+from proxy.answer import bill_headers, session_members, usage_json
 from proxy.client_stream import ClientStream
 from proxy.errors import CallError, InternalError, LeaseLost, OutOfCredit
 from proxy.live_session import LiveSession
@@ -166,9 +166,10 @@ class StreamRelay:
         if ending in (Ending.CLIENT_GONE, Ending.CLIENT_STALLED):
             client.ended = True
             return due
-        await self._reply(settling)
+        settled = await self._reply(settling)
         if not client.started:
             client.ended = True
+            public.headers = bill_headers(session, due, settled)
             raise public
         if ending is not Ending.LEASE_LOST:
             await client.finish([self._render(public)])

@@ -19,7 +19,7 @@ from proxy.admission import Admission, Caller
 from proxy.answer import credits_text, stream_headers
 from proxy.candidates import Route
 from proxy.client_stream import ClientStream
-from proxy.errors import BodyTooLarge, BodyTooSlow, CallError, ModelNotFound
+from proxy.errors import BodyTooLarge, BodyTooSlow, ModelNotFound
 from proxy.ids import request_id
 from proxy.live_session import LiveSession
 from proxy.live_sessions import LiveSessions
@@ -87,9 +87,6 @@ class DataPlane:
         except SessionEnded:
             _log(state, session, None, began)
             return
-        except CallError as error:
-            error.session = session.id
-            raise
         finally:
             watch.cancel()
         _log(state, session, bill, began)

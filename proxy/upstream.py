@@ -253,7 +253,7 @@ def _is_event_stream(exchange: Exchange) -> bool:
 def _falls_back(error: CallError) -> bool:
     """Whether another candidate may answer: not when the request itself is at fault."""
     if isinstance(error, ProviderError):
-        return error.status in (402, 408, 429) or error.status >= 500
+        return error.status in (408, 429) or error.status >= 500
     return True
 
 

@@ -41,16 +41,18 @@ class WholeRelay:
         """The answer. Raises CallError with the session settled; SessionEnded when there is nobody to answer."""
         try:
             _, answer = await self._upstreams.fetch_answer(session, call)
-        except CallError:
-            await self._settled(session, call, Ending.UPSTREAM_FAILED)
+        except CallError as error:
+            due, settled = await self._settled(session, call, Ending.UPSTREAM_FAILED)
+            error.headers = bill_headers(session, due, settled)
             raise
         except SessionEnded:
             ending = session.ending or Ending.INTERNAL
-            await self._settled(session, call, ending)
+            due, settled = await self._settled(session, call, ending)
             if ending in (Ending.CLIENT_GONE, Ending.CLIENT_STALLED):
                 raise
-            error = session.error
-            raise (error if isinstance(error, CallError) else InternalError()) from None
+            public = session.error if isinstance(session.error, CallError) else InternalError()
+            public.headers = bill_headers(session, due, settled)
+            raise public from None
         except asyncio.CancelledError:
             if session.phase < Phase.SETTLING:
                 self._settler.begin(session, call, session.ending or Ending.SHUTDOWN)

@@ -159,3 +159,14 @@ async def test_unknown_fields_pass_both_ways(client: AsyncOpenAI, gateway: Gatew
     assert seen["zz_new"] == {"a": [1, 2.5, None]}
     assert seen["metadata"] == {"api_base": "x"}
     assert answer.model_extra
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_an_error_after_the_hold_carries_the_bill_in_its_headers(client: AsyncOpenAI, stream: bool) -> None:
+    with pytest.raises(openai.InternalServerError) as caught:
+        await client.chat.completions.create(model="sim-500", messages=ASK, stream=stream)
+    headers = caught.value.response.headers
+    assert uuid.UUID(headers["x-tollgate-session"])
+    assert (headers["x-tollgate-charge"], headers["x-tollgate-balance"]) == ("0", "1")
+    assert (headers["x-tollgate-attempts"], headers["x-tollgate-provider"]) == ("1", "sim")
+    assert headers["x-tollgate-route"] == "sim-500"

@@ -40,6 +40,7 @@ class Bounds(_Table, frozen=True):
 
     body_bytes_max: int = 32 * 1024 * 1024
     depth_max: int = 128
+    root_members_max: int = 1_000
     frame_bytes_max: int = 1024 * 1024
     answer_bytes_max: int = 64 * 1024 * 1024
     messages_max: int = 100_000
@@ -60,6 +61,7 @@ class Bounds(_Table, frozen=True):
     settle_reply_ms: int = 250
     max_output_tokens_default: int = 16_384
     prompt_inline_bytes: int = 8 * 1024
+    prompt_exact_bytes_max: int = 1024 * 1024
 
 
 class Metering(_Table, frozen=True):
@@ -225,6 +227,10 @@ def _check(settings: Settings, path: Path) -> None:
             value = getattr(table, name)
             if isinstance(value, int) and value < least:
                 raise ConfigError(f"{path}: {type(table).__name__.lower()}.{name}: {value} is below {least}.")
+    try:
+        listen_address(settings.server.metrics_listen)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     if settings.metering.fence_margin_ms >= settings.metering.lease_ms:
         raise ConfigError(f"{path}: metering.fence_margin_ms must be smaller than metering.lease_ms.")
     for name, route in settings.routes.items():
@@ -245,13 +251,20 @@ def _check(settings: Settings, path: Path) -> None:
         _check_provider(name, provider, path)
 
 
+_URL = re.compile(
+    r"(?P<scheme>https?)://(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>[0-9]{1,5}))?(?P<path>/[!-~]*)?"
+)
+
+
 def _check_provider(name: str, provider: Provider, path: Path) -> None:
-    scheme, _, rest = provider.base_url.partition("://")
-    host = (
-        re.split(r"[/:]", rest.removeprefix("["), maxsplit=1)[0] if not rest.startswith("[") else rest[1:].split("]")[0]
-    )
-    if scheme not in ("http", "https") or not host:
-        raise ConfigError(f"{path}: providers.{name}.base_url: '{provider.base_url}' is not an http(s) URL.")
+    # The URL itself is not repeated: it may hold a password or a key by mistake.
+    found = _URL.fullmatch(provider.base_url)
+    if found is None or set("?#@") & set(provider.base_url) or not 0 < int(found["port"] or 1) < 65_536:
+        raise ConfigError(
+            f"{path}: providers.{name}.base_url: not an http(s) URL of a host, a port and a path. "
+            "Write https://host:443/v1, without user, query or fragment."
+        )
+    scheme, host = found["scheme"], found["host"].strip("[]")
     if scheme == "http" and not is_loopback(host) and not provider.insecure:
         raise ConfigError(
             f"{path}: providers.{name}.base_url: plain http to {host}. Use https, or set insecure = true to accept it."
@@ -277,7 +290,12 @@ def read_secrets(settings: Settings, environ: Mapping[str, str]) -> Secrets:
     for name, provider in settings.providers.items():
         if provider.api_key_env is None:
             continue
-        value = environ.get(provider.api_key_env)
+        value = environ.get(provider.api_key_env, "").strip()  # a mounted file ends in a line end
+        if not (value.isascii() and value.isprintable()):
+            raise ConfigError(
+                f"{provider.api_key_env}: the key of provider '{name}' has control or other characters that no header "
+                "can carry. Set it to one line of printable ASCII."
+            )
         if value:
             keys[name] = value
         elif name != settings.embedded.simulate:
@@ -295,6 +313,17 @@ def read_secrets(settings: Settings, environ: Mapping[str, str]) -> Secrets:
     if secret is not None and len(secret) < 16:
         raise ConfigError("TOLLGATE_SECRET is too short: use 32 or more random characters.")
     return Secrets(redis_url=redis_url, database_url=database_url, secret=secret, provider_keys=keys)
+
+
+_LISTEN = re.compile(r"(?P<host>[A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+\]):(?P<port>[0-9]{1,5})")
+
+
+def listen_address(text: str) -> tuple[str, int]:
+    """Host and port of `server.metrics_listen`; no host is 127.0.0.1. Raises ConfigError."""
+    found = _LISTEN.fullmatch(text)
+    if found is None or not 0 < int(found["port"]) < 65_536:
+        raise ConfigError(f"server.metrics_listen: '{text}' is not host:port with a port of 1-65535.")
+    return found["host"].strip("[]") or "127.0.0.1", int(found["port"])
 
 
 def is_loopback(host: str) -> bool:

@@ -146,10 +146,15 @@ def handle(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:
             route=state.get("route"),
             session=state.get("session"),
         )
-    telemetry.REQUESTS.labels(look.status, look.code or "").inc()
+    telemetry.REQUESTS.labels(look.status, _label(public, look)).inc()
     headers = {"x-request-id": identity, **headers_of(public)}
     body = msgspec.json.encode({"error": error_object(public)})
     return Response(body, status_code=look.status, headers=headers, media_type="application/json")
+
+
+def _label(error: Exception, look: Shown) -> str:
+    """The metric's `code`: one of ours, because a provider's own words would be a series each."""
+    return "provider_error" if isinstance(error, call.ProviderError) else look.code or ""
 
 
 def _public(request: Request[Any, Any, Any], error: Exception) -> Exception:

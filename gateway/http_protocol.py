@@ -1,7 +1,8 @@
 """uvicorn's HTTP protocol with what a gateway needs of it: bounds on the request head, one answer for each request, and
 a way to drop a client.
 
-Must not: change how requests are parsed.
+Must not: know a path or a key. Requests are parsed as httptools parses them, but for two things: an offer to change the
+protocol is ignored (RFC 9110, 7.8), and fields behind a chunked body are not taken for the request's headers (6.5.1).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import httptools
 import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -26,6 +28,10 @@ class HeadTooLarge(Exception):
     """A request's head is above the bound."""
 
 
+class Tunnel(Exception):
+    """CONNECT: what follows it would be no HTTP."""
+
+
 class BoundedProtocol(HttpToolsProtocol):
     """A connection that is closed when its head is too slow or too large, and after a request that was answered
     before its body had come: what still comes of it is thrown away, for `header_ms` at most."""
@@ -37,13 +43,43 @@ class BoundedProtocol(HttpToolsProtocol):
     _head_bytes = 0
     _head_due = True
     _unread_bytes = 0
+    """Received since the parser last told anything."""
 
     def data_received(self, data: bytes) -> None:
-        if self._unread_bytes > HEAD_BYTES_MAX:  # one endless header: the parser gathers it and calls nobody
+        self._unset_keepalive_if_required()
+        if self._between():
+            self._close_later()  # also when no request begins with these bytes: line ends may come before one
+        if self._unread_bytes > HEAD_BYTES_MAX:  # an endless field, chunk extension or trailer: the parser gathers it
             self.send_400_response("")
             return
-        super().data_received(data)
-        self._unread_bytes = self._unread_bytes + len(data) if self._head_due else 0
+        self._unread_bytes += len(data)
+        try:
+            self._feed(data)
+        except httptools.HttpParserError:
+            self.send_400_response("")
+
+    def _feed(self, data: bytes | memoryview) -> None:
+        """Parse. The parser drops the body of a request that offers to change the protocol, so the head of such a
+        request goes through a fresh parser without its Upgrade fields; body and all checks are then as always."""
+        while True:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as stop:
+                head, data = self._head_without_upgrade(), memoryview(data)[stop.args[0] :]
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+            self.parser.feed_data(head)
+
+    def _head_without_upgrade(self) -> bytes:
+        version = self.parser.get_http_version().encode()
+        fields = (b"%b: %b\r\n" % field for field in self.headers if field[0] != b"upgrade")
+        return b"%b %b HTTP/%b\r\n%b\r\n" % (self.parser.get_method(), self.url, version, b"".join(fields))
+
+    def _between(self) -> bool:
+        """Whether a request was answered and nothing of the next one has come."""
+        cycle = self.cycle
+        return self._timer is None and cycle is not None and cycle.response_complete and not cycle.more_body
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -64,7 +100,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._head_bytes = 0
+        self._head_bytes = self._unread_bytes = 0
         self._head_due = True
         self.scope["state"]["abort"] = self.transport.abort
         if self._timer is None:
@@ -76,15 +112,31 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._grow(len(name) + len(value))
-        super().on_header(name, value)
+        if self._head_due:
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        self._unread_bytes = 0
+        super().on_body(body)
+
+    def on_chunk_header(self) -> None:
+        self._unread_bytes = 0
 
     def on_headers_complete(self) -> None:
+        self._unread_bytes = 0
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                raise Tunnel
+            return  # comes again, see _feed
         self._stop_timer()
         self._head_due = False
         if not self.transport.is_closing():  # else a request behind the one that ended the connection
             super().on_headers_complete()
 
     def on_message_complete(self) -> None:
+        self._unread_bytes = 0
+        if self.parser.should_upgrade():
+            return
         super().on_message_complete()
         if self._answered_early():
             self.transport.close()
@@ -109,6 +161,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _grow(self, size: int) -> None:
         self._head_bytes += size
+        self._unread_bytes = 0
         if self._head_bytes > HEAD_BYTES_MAX or len(self.headers) > HEADERS_MAX:
             raise HeadTooLarge  # the parser stops here; an aborted transport would let it go on to the handler
 

@@ -160,11 +160,14 @@ async def _apply_grants(database_url: str, ledger: RedisLedger) -> None:
 
 
 def _serve_metrics(listen: str) -> None:
-    """Metrics of all processes, on a port of their own when the main port is not loopback."""
-    host, _, port = listen.rpartition(":")
+    """Metrics of all processes, on a port of their own when the main port is not loopback. Raises ConfigError."""
+    host, port = settings.listen_address(listen)
     registry = CollectorRegistry()
     MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-    start_http_server(int(port), host.strip("[]") or "127.0.0.1", registry)
+    try:
+        start_http_server(port, host, registry)
+    except OSError as error:
+        raise settings.ConfigError(f"server.metrics_listen: '{listen}' cannot be used: {error.strerror}.") from None
 
 
 def main() -> int:

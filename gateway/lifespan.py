@@ -91,7 +91,8 @@ def _plane(
 
     upstreams = Upstreams(transport, bounds, live.confirm)
     settler = Settler(ledger, live, price_version)
-    relays = StreamRelay(upstreams, live, settler, bounds, errors.sse_payload), WholeRelay(upstreams, settler, bounds)
+    stream_relay = StreamRelay(upstreams, live, settler, bounds, errors.sse_payload)
+    relays = stream_relay, WholeRelay(upstreams, settler, bounds), settler
     owner = f"{os.getpid()}-{os.urandom(4).hex()}"
     admission = Admission(ledger, live, routes, price_version, owner, (metering, bounds))
     return DataPlane(keys, admission, live, relays, routes, bounds)

@@ -5,6 +5,8 @@ Must not: stop a start. When the list cannot be had the gateway says so and serv
 
 from __future__ import annotations
 
+import asyncio
+import re
 from collections.abc import Mapping
 
 import httpx2
@@ -15,6 +17,8 @@ from config.settings import OPENAI, Candidate, Route, Secrets, Settings
 
 ASK_S = 10.0
 MODELS_MAX = 2_000
+_REASONING = re.compile(r"(?:o[1-9]|gpt-[56]).*")
+"""Model families that think before their first token, and do not show it."""
 
 log = structlog.get_logger()
 
@@ -33,17 +37,24 @@ async def offered_routes(settings: Settings, secrets: Secrets) -> dict[str, Rout
     if provider is None or key is None:
         return {}
     try:
-        async with httpx2.AsyncClient(timeout=ASK_S, trust_env=False) as client:
-            answer = await client.get(f"{provider.base_url}/models", headers={"authorization": f"Bearer {key}"})
+        async with asyncio.timeout(ASK_S), httpx2.AsyncClient(timeout=ASK_S, trust_env=False) as client:
+            answer = await client.get(
+                f"{provider.base_url.rstrip('/')}/models", headers={"authorization": f"Bearer {key}"}
+            )
             answer.raise_for_status()
             listed = msgspec.json.decode(answer.content, type=_Models).data[:MODELS_MAX]
-    except (httpx2.HTTPError, msgspec.DecodeError) as error:
+    except (httpx2.HTTPError, msgspec.DecodeError, TimeoutError) as error:
         log.warning(
             "OpenAI's models could not be listed; only configured routes are served", error=type(error).__name__
         )
         return {}
     names = sorted(model.id for model in listed if 0 < len(model.id) <= 128 and model.id.isprintable())
-    return {name: Route(candidates=(Candidate(provider=OPENAI, model=name),)) for name in names}
+    return {name: _route(name) for name in names}
+
+
+def _route(model: str) -> Route:
+    candidates = (Candidate(provider=OPENAI, model=model),)
+    return Route(candidates=candidates, hidden_reasoning=_REASONING.fullmatch(model) is not None)
 
 
 def without_simulated(settings: Settings, offered: Mapping[str, Route]) -> Settings:

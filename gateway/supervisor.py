@@ -28,8 +28,9 @@ from prometheus_client import multiprocess
 
 from config import run as run_file
 from config.run import Run
-from config.settings import ConfigError, Settings, read_secrets
+from config.settings import ConfigError, Settings, is_loopback, listen_address, read_secrets
 from gateway.children import LISTEN_FD_ENV, Child, ChildError, ChildSpec, Orders, Timing, stop_all, with_arguments
+from gateway.openai_models import offered_routes, without_simulated
 from storage.embedded import EmbeddedError, EmbeddedStores, Stores
 from storage.embedded_files import prepare_data_dir
 from storage.embedded_process import Locked, free, until
@@ -141,6 +142,8 @@ class Supervisor:
     async def _start(self, stack: AsyncExitStack) -> None:
         options = self._options
         self._socket = stack.enter_context(listen(options.host, options.port))
+        if not is_loopback(options.host):
+            _check_metrics_listen(options.settings.server.metrics_listen)
         prepare_data_dir(self._data_dir)
         stores = await self._start_stores(stack)
         self._folder = stack.enter_context(_run_folder(self._data_dir / "run"))
@@ -171,7 +174,9 @@ class Supervisor:
         from config import catalog  # imports a price library: never in a data worker, and only now
 
         await migrations.upgrade(stores.database_url)
-        catalog.write(catalog.compile_catalog(self._options.settings), self._folder / "catalog.json")
+        offered = await offered_routes(self._options.settings, self._secrets)
+        settings = without_simulated(self._options.settings, offered)
+        catalog.write(catalog.compile_catalog(settings, extra_routes=offered), self._folder / "catalog.json")
 
     async def _start_simulator(self, stack: AsyncExitStack) -> dict[str, str]:
         name = self._options.settings.embedded.simulate
@@ -266,6 +271,19 @@ def listen(host: str, port: int) -> socket.socket:
         made.close()
         raise PortError(_port_message(host, port, error)) from None
     return made
+
+
+def _check_metrics_listen(address: str) -> None:
+    """The ledger process binds it later, with nobody to read its words. Raises PortError."""
+    host, port = listen_address(address)
+    try:
+        family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        socket.create_server((str(place[0]), port), family=family).close()
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        raise PortError(
+            f"server.metrics_listen: '{address}' cannot be used: {reason}. Name another host:port of this machine."
+        ) from None
 
 
 def _port_message(host: str, port: int, error: OSError) -> str:

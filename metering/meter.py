@@ -81,6 +81,7 @@ class Meter:
         """Count a delta. `tool` is the index of the tool call for the two tool channels."""
         if not text:
             return
+        self._reported = None  # a report made before this text cannot cover it
         key: _Key = (choice, channel, tool)
         counter = self._counters.get(key)
         if counter is None:

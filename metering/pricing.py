@@ -14,6 +14,9 @@ MILLION = 1_000_000
 TOKENS_MAX = 2**31
 """Most tokens of a class in one session; a report of more is refused as absurd."""
 
+REACH_PERCENT, REACH_TOKENS = 102, 64
+"""How far beyond our count of a prompt the provider's may be: the tiers up to there price its hold."""
+
 
 @dataclass(frozen=True, slots=True)
 class TokenUsage:
@@ -44,21 +47,21 @@ def cost(price: CompiledPrice, usage: TokenUsage) -> int:
     return _micros(_prompt_raw(rates, usage) + _output_raw(rates, usage)) + price.request
 
 
-def hold_cost(price: CompiledPrice, prompt_tokens: int, output_tokens: int) -> int:
+def hold_cost(price: CompiledPrice, prompt_tokens: int, output_tokens: int, *, audio: bool = False) -> int:
     """Micros that cover this many tokens whatever the provider calls them: a prompt may be reported as written to the
-    cache, an output as reasoning. For holds; never charged."""
-    rates = rates_for(price, prompt_tokens)
-    return _micros(prompt_tokens * _prompt_worst(rates) + output_tokens * _output_worst(rates)) + price.request
+    cache, an output as reasoning, either as audio where the request has `audio`, and a prompt that is a little longer
+    than our count may reach the next tier. For holds; never charged."""
+    each_prompt, each_output = _worst(price, prompt_tokens, audio)
+    return _micros(prompt_tokens * each_prompt + output_tokens * each_output) + price.request
 
 
-def output_tokens_covered(price: CompiledPrice, budget_micros: int, prompt_tokens: int) -> int:
+def output_tokens_covered(price: CompiledPrice, budget_micros: int, prompt_tokens: int, *, audio: bool = False) -> int:
     """The most output tokens n for which `hold_cost(price, prompt_tokens, n)` is within the budget, at most
     TOKENS_MAX; -1 when not even the prompt is covered. The exact inverse of `hold_cost`."""
-    rates = rates_for(price, prompt_tokens)
-    room = (budget_micros - price.request) * MILLION - prompt_tokens * _prompt_worst(rates)
+    each_prompt, each = _worst(price, prompt_tokens, audio)
+    room = (budget_micros - price.request) * MILLION - prompt_tokens * each_prompt
     if room < 0:
         return -1
-    each = _output_worst(rates)
     return min(TOKENS_MAX, room // each) if each else TOKENS_MAX
 
 
@@ -74,12 +77,12 @@ def sane(usage: TokenUsage) -> str | None:
             return f"{name} is above {TOKENS_MAX}"
     if usage.cached + usage.cache_write > usage.prompt:
         return "cached and cache_write exceed prompt"
-    if usage.audio_input > usage.prompt:
-        return "audio_input exceeds prompt"
+    if usage.cached + usage.cache_write + usage.audio_input > usage.prompt:
+        return "cached, cache_write and audio_input exceed prompt"
     if usage.reasoning > usage.output:
         return "reasoning exceeds output"
-    if usage.audio_output > usage.output:
-        return "audio_output exceeds output"
+    if usage.reasoning + usage.audio_output > usage.output:
+        return "reasoning and audio_output exceed output"
     return None
 
 
@@ -102,9 +105,13 @@ def _output_raw(rates: Rates, usage: TokenUsage) -> int:
     return plain * rates.output + usage.reasoning * rates.reasoning + usage.audio_output * rates.audio_output
 
 
-def _prompt_worst(rates: Rates) -> int:
-    return max(rates.input, rates.cached_input, rates.cache_write)
-
-
-def _output_worst(rates: Rates) -> int:
-    return max(rates.output, rates.reasoning)
+def _worst(price: CompiledPrice, prompt_tokens: int, audio: bool) -> tuple[int, int]:
+    """The dearest rate of a prompt token and of an output token, in any tier that the prompt may turn out to reach."""
+    reach = -(-prompt_tokens * REACH_PERCENT // 100) + REACH_TOKENS
+    reached: list[Rates] = [price, *(tier for tier in price.tiers if tier.above < reach)]
+    prompt = max(max(rates.input, rates.cached_input, rates.cache_write) for rates in reached)
+    output = max(max(rates.output, rates.reasoning) for rates in reached)
+    if audio:
+        prompt = max(prompt, *(rates.audio_input for rates in reached))
+        output = max(output, *(rates.audio_output for rates in reached))
+    return prompt, output

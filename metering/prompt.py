@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
-from metering.token_counter import Encoder, utf8_bytes
+from metering.token_counter import Encoder, count_text, utf8_bytes
 
 PromptKind = Literal["counted", "estimated"]
 
@@ -56,11 +56,36 @@ IMAGE_TOKENS_ORIGINAL: Final = 12_000
 """`detail: original` of the newest models: a budget of 10,000 patches times 1.2."""
 
 
+EXACT_BYTES_MAX: Final = 1024 * 1024
+"""Text that is tokenised unless the caller says otherwise."""
+
+BYTES_PER_TOKEN_TOOLS: Final = 5
+BYTES_PER_TOKEN_GUARD: Final = 4
+"""Holds take at least a token for so many bytes of JSON: of tools, and of whatever else may end up in the prompt."""
+
+CHEAP_BYTES: Final = 64
+"""So much that has no rule (an id, a flag) is held for by nothing."""
+
+_NO_PROMPT: Final = frozenset(
+    (
+        *("model", "stream", "stream_options", "n", "max_tokens", "max_completion_tokens", "temperature"),
+        *("top_p", "stop", "seed", "user", "metadata", "store", "frequency_penalty", "presence_penalty"),
+        *("logit_bias", "logprobs", "top_logprobs", "service_tier", "parallel_tool_calls", "reasoning_effort"),
+        *("verbosity", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+    )
+)
+"""Members of a request that providers do not put into the prompt."""
+
+_RULED: Final = frozenset(("messages", "tools", "functions", "response_format"))
+
+
 class PromptEstimate(NamedTuple):
-    """`counted` when only text was involved, `estimated` otherwise."""
+    """`counted` when only text was involved, `estimated` otherwise. `hold` is what a hold should cover: `tokens`, and
+    more where parts have no exact rule and could weigh more."""
 
     tokens: int
     kind: PromptKind
+    hold: int
 
 
 def estimate_prompt(
@@ -71,14 +96,19 @@ def estimate_prompt(
     tools: object = None,
     functions: object = None,
     response_format: object = None,
+    sizes: Mapping[str, int] | None = None,
+    exact_bytes_max: int = EXACT_BYTES_MAX,
 ) -> PromptEstimate:
     """Tokens of a chat request's prompt. All parts are decoded JSON of any shape; nothing raises.
+
+    `sizes` are the bytes of the request's root members as sent; they guard the hold against parts that are not
+    rendered or not known. Text beyond `exact_bytes_max` is estimated by its bytes.
 
     text: sum of (3 + n(role) + n(content) [+ 1 + n(name)]) + 3, or + 2 for o-series and gpt-5 and later;
     tools: + n(their TypeScript rendering) + a constant of the model.
     """
-    count = _Count(encoding, model)
-    newer = _NEWER.match(count.model) is not None
+    count = _Count(encoding, model, exact_bytes_max)
+    newer = newer_family(model)
     tokens = 2 if newer else 3
     listed = messages if isinstance(messages, list) else [] if messages is None else [messages]
     has_system = False
@@ -86,12 +116,29 @@ def estimate_prompt(
         tokens += count.message(message)
         has_system = has_system or (isinstance(message, Mapping) and message.get("role") in ("system", "developer"))
     rendered = render_tools(tools, functions)
+    known = dict(sizes or {})
     if rendered:
         count.kind = "estimated"
-        tokens += count.text(rendered) + (89 if newer else 4 if has_system else 9)
+        shown = count.text(rendered)
+        tokens += shown + (89 if newer else 4 if has_system else 9)
+        count.at_least(shown, known.get("tools", 0) + known.get("functions", 0), BYTES_PER_TOKEN_TOOLS)
+    size = max(prompt_bytes(response_format), known.get("response_format", 0)) if response_format is not None else 0
     if isinstance(response_format, Mapping) and response_format.get("type") == "json_schema":
-        tokens += count.unknown(response_format)
-    return PromptEstimate(tokens, count.kind)
+        count.kind = "estimated"
+        tokens += size // BYTES_PER_TOKEN_GUARD + 1
+    else:
+        count.uncounted(size)
+    count.uncounted(sum(size for name, size in known.items() if name not in _NO_PROMPT and name not in _RULED))
+    return PromptEstimate(tokens, count.kind, tokens + count.guard)
+
+
+def newer_family(model: str) -> bool:
+    """Whether a model is of the o-series or gpt-5 and later; a path or fine-tune prefix is ignored."""
+    return _NEWER.match(_family(model)) is not None
+
+
+def _family(model: str) -> str:
+    return model.rpartition("/")[2].lower().removeprefix("ft:")
 
 
 def prompt_bytes(value: object) -> int:
@@ -116,15 +163,32 @@ def prompt_bytes(value: object) -> int:
 class _Count:
     """Counts the parts of one prompt and remembers whether any of them was only estimated."""
 
-    __slots__ = ("_encode", "kind", "model")
+    __slots__ = ("_encoding", "_exact_left", "guard", "kind", "model")
 
-    def __init__(self, encoding: Encoder, model: str) -> None:
-        self._encode = encoding.encode_ordinary
-        self.model = model.rpartition("/")[2].lower().removeprefix("ft:")
+    def __init__(self, encoding: Encoder, model: str, exact_bytes_max: int) -> None:
+        self._encoding = encoding
+        self._exact_left = exact_bytes_max
+        self.model = _family(model)
         self.kind: PromptKind = "counted"
+        self.guard = 0  # tokens that a hold covers beside the estimate
 
     def text(self, text: str) -> int:
-        return len(self._encode(text)) if text else 0
+        size = utf8_bytes(text)
+        if size > self._exact_left:
+            self.kind = "estimated"
+            return size // 2 + 1
+        self._exact_left -= size
+        return count_text(self._encoding, text)
+
+    def uncounted(self, size: int) -> None:
+        """Hold for so many bytes that the estimate leaves out."""
+        if size > CHEAP_BYTES:
+            self.kind = "estimated"
+            self.guard += size // BYTES_PER_TOKEN_GUARD + 1
+
+    def at_least(self, counted: int, size: int, bytes_per_token: int) -> None:
+        """Hold for what `counted` falls short of, by the bytes it stands for."""
+        self.guard += max(0, size // bytes_per_token - counted)
 
     def unknown(self, value: object) -> int:
         """Something without a rule: a token for two bytes is more than any text needs."""
@@ -138,7 +202,10 @@ class _Count:
             return MESSAGE_TOKENS + self.unknown(message)
         tokens = MESSAGE_TOKENS
         for key, value in message.items():
-            if value is None or key == "tool_call_id":
+            if value is None:
+                continue
+            if key == "tool_call_id":
+                self.uncounted(prompt_bytes(value))
                 continue
             rule = _FIELDS.get(key)
             tokens += rule(self, value) if rule else self.unknown(value)
@@ -160,7 +227,9 @@ class _Count:
     def tool_calls(self, value: object) -> int:
         self.kind = "estimated"
         calls = value if isinstance(value, list) else [value]
-        return sum(self._tool_call(call) for call in calls)
+        counted = sum(self._tool_call(call) for call in calls)
+        self.at_least(counted, prompt_bytes(value), BYTES_PER_TOKEN_TOOLS)
+        return counted
 
     def _tool_call(self, call: object) -> int:
         if not isinstance(call, Mapping):
@@ -177,6 +246,8 @@ class _Count:
         if not isinstance(part, Mapping):
             return self.unknown(part)
         kind = part.get("type")
+        if isinstance(kind, str) and (kind in _PARTS or kind in ("text", "refusal")):
+            self.uncounted(sum(prompt_bytes(value) for key, value in part.items() if key not in ("type", kind)))
         if kind in ("text", "refusal") and isinstance(part.get(kind), str):
             return self.text(part[kind])
         rule = _PARTS.get(kind) if isinstance(kind, str) else None

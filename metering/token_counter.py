@@ -8,6 +8,7 @@ Must not: load ranks (`metering.ranks` does), read a clock, or know what a token
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Protocol
 
 TAIL_CHARS_MAX = 16 * 1024
@@ -17,6 +18,10 @@ JSON and base64 have a boundary every few dozen characters; only runs like "aaaa
 
 SCAN_CHARS = 256
 """New characters that are collected before the text is searched for a boundary and tokenised."""
+
+PIECE_CHARS_MAX = 64 * 1024
+"""Most characters of one call to the tokeniser. It gives up on a million blanks in a row, and a run of megabytes takes
+it seconds. Longer texts are cut at a boundary, which keeps their count exact, or inside a run that has none."""
 
 JOINT_TOKENS = 8
 """`upper()` trusts the tail's last exact count and adds the bytes that came later plus this much, because appending can
@@ -63,7 +68,18 @@ def encoding_name(model: str) -> str:
 
 def count_text(encoding: Encoder, text: str) -> int:
     """Tokens of a whole text. Special-token text counts as ordinary text, lone surrogates as U+FFFD."""
-    return len(encoding.encode_ordinary(text)) if text else 0
+    return _tokens(encoding.encode_ordinary, text)
+
+
+def _tokens(encode: Callable[[str], list[int]], text: str) -> int:
+    at, tokens = 0, 0
+    while len(text) - at > PIECE_CHARS_MAX:
+        piece = text[at : at + PIECE_CHARS_MAX]
+        found = _LAST_BOUNDARY.match(piece)
+        cut = found.end() if found else 0
+        tokens += len(encode(piece[:cut] if cut else piece))
+        at += cut or len(piece)
+    return tokens + (len(encode(text[at:])) if at < len(text) else 0)
 
 
 def utf8_bytes(text: str) -> int:
@@ -111,7 +127,7 @@ class StreamCounter:
         if self._fresh_chars:
             self._advance()
         if self._since:
-            self._counted, self._since = len(self._encode("".join(self._held))), 0
+            self._counted, self._since = _tokens(self._encode, "".join(self._held)), 0
         return self._done + self._counted
 
     def upper(self) -> int:
@@ -138,5 +154,5 @@ class StreamCounter:
             self._last = ""
 
     def _finish(self) -> None:
-        self._done += len(self._encode("".join(self._held)))
+        self._done += _tokens(self._encode, "".join(self._held))
         self._held, self._held_chars, self._counted, self._since = [], 0, 0, 0

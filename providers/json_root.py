@@ -1,27 +1,41 @@
 """The root object of a JSON body as byte spans, so that one member changes and every other byte stays.
 
-Must not: re-encode what it does not replace. Values are located by decoding the root into raw members (C speed) and
-walking the keys beside them, which also finds duplicates.
+Must not: re-encode what it does not replace, look at a byte more than a few times, or keep a second copy of the body:
+the parser validates it once without building anything, then skips from member to member at C speed.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate
 
 import msgspec
 
-_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-_KEY = re.compile(rb'[ \t\r\n]*("(?:[^"\\]|\\.)*")[ \t\r\n]*:[ \t\r\n]*')
-_NEXT = re.compile(rb"[ \t\r\n]*([,}])")
-_OPEN = re.compile(rb"[ \t\r\n]*\{")
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
-_NOT_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
+ROOT_MEMBERS_MAX = 1_000
+"""Members of the root object, doubles included, unless the caller says otherwise."""
+
+CHUNK_BYTES = 256 * 1024
+"""What is looked at in one piece where a pass over a body makes copies."""
+
+_skip = msgspec.json.Decoder(msgspec.Raw).decode
+_BLANK = rb"[ \t\r\n]*+"
+_OPEN = re.compile(_BLANK + rb"\{" + _BLANK)
+_COLON = re.compile(_BLANK + rb":" + _BLANK)
+_NEXT = re.compile(_BLANK + rb"([,}])" + _BLANK)
+_SCALAR = re.compile(rb"[^ \t\r\n,}]++")
+_TRAILING = re.compile(r"trailing characters \(byte ([0-9]+)\)")
+_TOKEN = re.compile(rb'[^"\[\]{}]*+(?:(")|([\[{])|[\]}])')
+_TEXT = re.compile(rb'[^"\\]*+(?:(")|\\.)', re.DOTALL)
+_CLOSES = {0x22: b'"', 0x5B: b"]", 0x7B: b"}"}
+_UNQUOTED = bytes(byte for byte in range(256) if byte not in b'"[]{}')
+_STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
 
 
 class NotAnObject(Exception):
-    """The body is not a JSON object."""
+    """The body is not a JSON object, or has too many members."""
 
 
 class RootObject:
@@ -29,45 +43,42 @@ class RootObject:
 
     __slots__ = ("body", "duplicates", "first", "spans")
 
-    def __init__(self, body: bytes) -> None:
+    def __init__(self, body: bytes, members_max: int = ROOT_MEMBERS_MAX) -> None:
         """Raises NotAnObject with the parser's reason."""
         try:
-            members = _members(body)
+            _skip(body)
             if not body.isascii():
-                body.decode()  # the decoder skips over raw members without checking their UTF-8
+                _check_utf8(body)  # the parser skips over values without checking their UTF-8
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
             raise NotAnObject(str(error)) from None
         self.body = body
         self.duplicates: set[str] = set()
         self.spans: dict[str, tuple[int, int]] = {}
         opened = _OPEN.match(body)
-        if opened is None:  # the decoder accepted it, so a byte order mark or the like stands before it
+        if opened is None:  # a value of another kind, or a byte order mark or the like stands before it
             raise NotAnObject("the body does not start with {")
         self.first = opened.end()
-        self._walk(members)
+        self._walk(members_max)
 
-    def _walk(self, members: Mapping[str, msgspec.Raw]) -> None:
-        at = self.first
-        body = self.body
-        while key := _KEY.match(body, at):
-            name = _name(key[1])
-            end = self._value_end(key.end(), memoryview(members[name]))
-            if name in self.spans:
-                self.duplicates.add(name)
-            self.spans[name] = (key.end(), end)
-            after = _NEXT.match(body, end)
-            if after is None or after[1] == b"}":
-                return
-            at = after.end()
-
-    def _value_end(self, start: int, last: memoryview) -> int:
-        """Where the value at `start` ends. The decoder's length fits unless this is an earlier, other double."""
-        end = start + len(last)
-        if self.body[start:end] == last and _NEXT.match(self.body, end):
-            return end
-        text = self.body[start:].decode()
-        _, length = json.JSONDecoder().raw_decode(text)
-        return start + len(text[:length].encode())
+    def _walk(self, members_max: int) -> None:
+        body, at = self.body, self.first
+        with memoryview(body) as view:
+            for _ in range(members_max):
+                if body.startswith(b"}", at):
+                    return
+                end = value_end(body, view, at)
+                name = _name(body[at:end])
+                colon = _COLON.match(body, end)
+                start = colon.end() if colon else end
+                end = value_end(body, view, start)
+                if name in self.spans:
+                    self.duplicates.add(name)
+                self.spans[name] = (start, end)
+                after = _NEXT.match(body, end)
+                if after is None or after[1] == b"}":
+                    return
+                at = after.end()
+        raise NotAnObject(f"the object has more than {members_max} members")
 
     def raw(self, name: str) -> bytes | None:
         """A member's value as sent, or None."""
@@ -93,24 +104,93 @@ class RootObject:
         return b"".join(parts)
 
 
+def value_end(body: bytes, view: memoryview, start: int) -> int:
+    """Where the value at `start` of a valid body ends; it stands inside the root object, so something follows it.
+
+    The parser is asked to read that value alone and tells where it found more: it looks at no byte behind that.
+    """
+    close = _CLOSES.get(body[start])
+    if close is None:
+        scalar = _SCALAR.match(body, start)
+        return scalar.end() if scalar else start
+    try:
+        _skip(view[start:])
+    except msgspec.DecodeError as error:
+        found = _TRAILING.search(str(error))
+        if found is not None:
+            return body.rindex(close, start, start + int(found[1]) - 1) + 1  # the parser counts from 1
+    return skipped(body, start)
+
+
+def skipped(body: bytes, start: int) -> int:
+    """What `value_end` returns for a string, array or object, without the parser: one step for each bracket and
+    escape. Only a parser that words its errors in another way makes it needed."""
+    depth, at = 0, start
+    while token := _TOKEN.match(body, at):
+        at = token.end()
+        if token[1]:
+            at = _string_end(body, at)
+        else:
+            depth += 1 if token[2] else -1
+        if depth == 0:
+            return at
+    raise NotAnObject("a value has no end")
+
+
+def _string_end(body: bytes, at: int) -> int:
+    """Behind the quote that ends the string whose text begins at `at`."""
+    while text := _TEXT.match(body, at):
+        at = text.end()
+        if text[1]:
+            return at
+    raise NotAnObject("a string has no end")
+
+
 def _name(raw: bytes) -> str:
-    return raw[1:-1].decode() if b"\\" not in raw else str(json.loads(raw))
+    try:
+        return raw[1:-1].decode() if b"\\" not in raw else str(json.loads(raw))
+    except ValueError as error:
+        raise NotAnObject(f"a member's name cannot be read: {error}") from None
+
+
+def _chunks(body: bytes) -> Iterator[bytes]:
+    return (body[at : at + CHUNK_BYTES] for at in range(0, len(body), CHUNK_BYTES))
+
+
+def _check_utf8(body: bytes) -> None:
+    """Raises UnicodeDecodeError where the body is not UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    for chunk in _chunks(body):
+        decoder.decode(chunk)
+    decoder.decode(b"", final=True)
 
 
 def depth_exceeds(body: bytes, depth_max: int) -> bool:
-    """Whether arrays and objects nest deeper than `depth_max`. Linear; strings are left out only when it matters."""
+    """Whether arrays and objects nest deeper than `depth_max`. Linear, in pieces; strings count for nothing."""
     if body.count(b"[") + body.count(b"{") <= depth_max:
         return False
-    brackets = _STRING.sub(b"", body).translate(None, _NOT_BRACKETS)
     depth = 0
-    for byte in brackets:
-        if byte in b"[{":
-            depth += 1
-            if depth > depth_max:
-                return True
-        else:
-            depth -= 1
+    for brackets in _brackets(body):
+        steps = brackets.translate(_STEPS)
+        opened = steps.count(b"\x01")
+        if depth + opened > depth_max:
+            with memoryview(steps).cast("b") as signed:
+                if max(accumulate(signed, initial=depth)) > depth_max:
+                    return True
+        depth += 2 * opened - len(steps)
     return False
+
+
+def _brackets(body: bytes) -> Iterator[bytes]:
+    """All brackets outside of strings, in pieces. What is no JSON is cut wrongly only behind its first error."""
+    quoted, carried = 0, b""
+    for chunk in _chunks(body):
+        # A backslash stands only in strings. Pairs go first, so that what is left before a quote escapes it.
+        text = (carried + chunk).replace(b"\\\\", b"")
+        carried = b"\\" if text.endswith(b"\\") else b""
+        parts = text.replace(b'\\"', b"").translate(None, _UNQUOTED).split(b'"')
+        yield b"".join(parts[quoted::2])
+        quoted ^= len(parts) % 2 == 0
 
 
 def any_duplicate(root: RootObject, names: Iterable[str]) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from providers.codec import Answer, ChatCall, Upstream, UpstreamRequest
-from providers.events import Channel, Chunk, Completed, Delta, Event, Failed, ProviderFailure, UsageSeen
+from providers.events import Channel, Chunk, Completed, Delta, Event, Failed, ProviderFailure, ReportedUsage, UsageSeen
 from providers.json_root import NotAnObject, RootObject
 from providers.openai_errors import failure_from_frame, failure_from_status
 from providers.openai_repair import finish_payload, repaired, usage_payload
@@ -21,10 +21,14 @@ from providers.openai_wire import (
     deltas_of,
     lenient_chunk,
     lenient_delta,
+    unheard,
     usage_of,
 )
 from providers.sse import FrameTooLarge, SseSplitter
 
+UNREADABLE = (msgspec.DecodeError, RecursionError, ValueError)
+"""What decoding provider bytes raises (UnicodeDecodeError is a ValueError)."""
+OURS = b'"x_tollgate"'
 _IGNORED_EVENTS = frozenset((b"ping", b"keepalive", b"heartbeat"))
 
 
@@ -97,15 +101,17 @@ class OpenAICodec:
             return
         if name in _IGNORED_EVENTS:
             return
-        try:
-            chunk = self._read(payload)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            self._fail(events, _garbage("The provider sent a frame that is not JSON."))
-            return
-        if (
-            b"\n" in payload
-        ):  # sent as several data lines; in JSON such a line end is a space, in a frame of ours an end
+        if b"\n" in payload:
+            # Sent as several data lines: in JSON such a line end is a space, in a frame of ours an end.
             payload = payload.replace(b"\n", b" ")
+        try:
+            self._json_frame(name, payload, events)
+        except UNREADABLE:
+            self._fail(events, _garbage("The provider sent a frame that cannot be read as JSON."))
+
+    def _json_frame(self, name: bytes, payload: bytes, events: list[Event]) -> None:
+        """Raises one of UNREADABLE: members that are only skipped at first are checked when they are used."""
+        chunk = self._read(payload)
         if name == b"error" or (chunk is not None and chunk.error is not None):
             self._fail(events, failure_from_frame(payload))
         elif chunk is None:
@@ -131,16 +137,15 @@ class OpenAICodec:
                 self._fail(events, failure_from_frame(payload))
                 return
             repair = self._choice(choice, deltas, finished) or repair
-        reported = self._usage(chunk, events)
+        if not deltas and not finished:
+            deltas += unheard(payload)
         if self._first is None:
             self._first = payload
-        if repair or reported or self._call.rename_to is not None:
-            try:
-                payload = repaired(payload, self._call.rename_to, choices=repair, null_usage=self._call.usage_wanted)
-            except msgspec.DecodeError:  # a shape that no client could read either
-                self._fail(events, _garbage("The provider sent a chunk of an unknown shape."))
-                return
+        raw = chunk.usage_json()
+        if repair or raw is not None or self._call.rename_to is not None or OURS in payload:
+            payload = repaired(payload, self._call.rename_to, choices=repair, null_usage=self._call.usage_wanted)
         events.append(Chunk(payload, deltas, tuple(finished), content=bool(deltas or finished)))
+        self._usage(raw, events)  # after its chunk: a report counts only for the text that came before it
 
     def _choice(self, choice: WireChoice, deltas: list[Delta], finished: list[int]) -> bool:
         """Collect one choice's text and end; returns whether the frame needs repair."""
@@ -171,20 +176,25 @@ class OpenAICodec:
 
     def _without_choices(self, payload: bytes, chunk: WireChunk, events: list[Event]) -> None:
         """The usage chunk, Azure's filter results, a foreign object: only who asked for usage expects such frames."""
-        if self._usage(chunk, events) or chunk.usage_json() is not None:
-            return
-        if chunk.choices is not None and self._call.usage_wanted:
+        raw = chunk.usage_json()
+        if raw is not None:
+            self._usage(raw, events)
+        elif chunk.choices is not None and self._call.usage_wanted:
             rename = self._call.rename_to
-            payload = payload if rename is None else repaired(payload, rename, choices=False, null_usage=True)
+            if rename is not None or OURS in payload:
+                payload = repaired(payload, rename, choices=False, null_usage=True)
             events.append(Chunk(payload))
 
-    def _usage(self, chunk: WireChunk, events: list[Event]) -> bool:
-        raw = chunk.usage_json()
-        usage = None if raw is None else usage_of(raw)
-        if usage is None:
-            return False
-        events.append(UsageSeen(usage))
-        return True
+    def _usage(self, raw: bytes | None, events: list[Event]) -> None:
+        """Note a report. One that cannot be read is passed on as one that nobody will believe."""
+        if raw is None:
+            return
+        try:
+            usage = usage_of(raw)
+        except UNREADABLE:
+            usage = ReportedUsage(prompt=-1, output=-1)
+        if usage is not None:
+            events.append(UsageSeen(usage))
 
     def _complete(self, events: list[Event]) -> None:
         self._over = True
@@ -201,17 +211,21 @@ class OpenAICodec:
     def answer(self, body: bytes) -> Answer | ProviderFailure:
         """Read a non-stream answer; an error object in a 200 is a failure."""
         try:
-            root = RootObject(body)
-        except NotAnObject:
-            return _garbage("The provider's answer is not a JSON object.")
+            return self._answer(body)
+        except (NotAnObject, *UNREADABLE):
+            return _garbage("The provider's answer cannot be read as JSON.")
+
+    def _answer(self, body: bytes) -> Answer | ProviderFailure:
+        root = RootObject(body)
         error = root.raw("error")
         if error is not None and error != b"null":
             return failure_from_frame(body)
         choices = decode_any(root.raw("choices") or b"null")
         if not isinstance(choices, list):
             return _garbage("The provider's answer has no choices.")
-        raw_usage = root.raw("usage")
-        usage = usage_of(raw_usage) if raw_usage is not None else None
+        reported: list[Event] = []
+        self._usage(root.raw("usage"), reported)
+        usage = next((event.usage for event in reported if isinstance(event, UsageSeen)), None)
         rename = self._call.rename_to
         if rename is not None:
             body = root.replaced({"model": msgspec.json.encode(rename)})

@@ -29,6 +29,7 @@ def repaired(payload: bytes, rename_to: str | None, *, choices: bool, null_usage
         members["usage"] = None
         if not null_usage:
             del members["usage"]
+    members.pop("x_tollgate", None)  # ours to say, not a provider's
     if choices:
         raw_choices = msgspec.json.decode(bytes(members["choices"]), type=list[dict[str, msgspec.Raw]])
         members["choices"] = [_choice(choice) for choice in raw_choices]

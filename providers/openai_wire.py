@@ -19,9 +19,21 @@ class ToolFunction(msgspec.Struct, gc=False):
     arguments: str | None = None
 
 
+class CustomTool(msgspec.Struct, gc=False):
+    name: str | None = None
+    input: str | None = None
+
+
 class ToolCall(msgspec.Struct, gc=False):
     index: int | None = None
     function: ToolFunction | None = None
+    custom: CustomTool | None = None
+
+    def called(self) -> ToolFunction | None:
+        """Name and arguments of either kind of tool."""
+        if self.custom is not None:
+            return ToolFunction(self.custom.name, self.custom.input)
+        return self.function
 
 
 class WireDelta(msgspec.Struct, gc=False):
@@ -78,7 +90,7 @@ def deltas_of(choice: int, delta: WireDelta) -> list[Delta]:
         found.append(Delta(choice, Channel.REFUSAL, 0, delta.refusal))
     if delta.tool_calls:
         for position, call in enumerate(delta.tool_calls):
-            _tool(found, choice, position if call.index is None else call.index, call.function)
+            _tool(found, choice, position if call.index is None else call.index, call.called())
     elif delta.function_call is not None:  # some servers send a forced call under both names
         _tool(found, choice, 0, delta.function_call)
     return found
@@ -141,7 +153,7 @@ def _lenient_call(raw: Mapping[str, Any]) -> ToolCall:
     index = raw.get("index")
     return ToolCall(
         index=index if isinstance(index, int) and not isinstance(index, bool) else None,
-        function=_lenient_function(raw.get("function")),
+        function=_lenient_function(raw.get("function")) or _lenient_custom(raw.get("custom")),
     )
 
 
@@ -149,6 +161,42 @@ def _lenient_function(raw: Any) -> ToolFunction | None:
     if not isinstance(raw, dict):
         return None
     return ToolFunction(name=_text(raw.get("name")), arguments=_text(raw.get("arguments")))
+
+
+def _lenient_custom(raw: Any) -> ToolFunction | None:
+    if not isinstance(raw, dict):
+        return None
+    return ToolFunction(name=_text(raw.get("name")), arguments=_text(raw.get("input")))
+
+
+_SPOKEN = ("audio", "thinking", "reasoning_details")
+_NO_TEXT = frozenset(("id", "type", "object", "index", "data", "signature", "format", "encrypted_content"))
+
+
+def unheard(payload: bytes) -> list[Delta]:
+    """Output text in members that the partial shapes leave out: audio transcripts, thinking in parts.
+
+    Only chunks without any other text are asked, so that an ordinary stream does not pay for it. Members that nobody
+    knows are not counted: they may be no output at all, and a charge must not exceed the provider's.
+    """
+    found = []
+    for choice in _dicts(decode_any(payload).get("choices") or []):
+        delta, index = choice.get("delta"), choice.get("index")
+        if isinstance(delta, dict):
+            text = "".join(_strings([delta.get(name) for name in _SPOKEN]))
+            if text:
+                found.append(Delta(index if isinstance(index, int) else 0, Channel.CONTENT, 0, text))
+    return found
+
+
+def _strings(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        return [text for name, inner in value.items() if name not in _NO_TEXT for text in _strings(inner)]
+    if isinstance(value, list):
+        return [text for inner in value for text in _strings(inner)]
+    return []
 
 
 def _text(value: Any) -> str | None:

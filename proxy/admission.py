@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import msgspec
@@ -24,7 +25,7 @@ from metering.ledger import (
     Refused,
     SessionRef,
 )
-from metering.pricing import output_tokens_covered
+from metering.pricing import hold_cost, output_tokens_covered
 from metering.prompt import PromptEstimate, estimate_prompt
 from metering.ranks import encoding
 from metering.redis_ledger import RedisLedger
@@ -51,6 +52,10 @@ from proxy.upstream import PreparedCall
 
 RETRY_WITHIN_S = 0.2
 RETRY_PAUSE_S = 0.02
+COUNTERS = 2
+"""Threads that count long prompts, per worker."""
+COUNT_WAIT_S = 5.0
+"""How long a call waits for them; then its prompt is estimated by its bytes, on the high side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +69,13 @@ class Caller:
 
 @dataclass(frozen=True, slots=True)
 class _Size:
-    """A hold's size in micros: asked for, least accepted, and the most it may grow to."""
+    """A hold's size in micros: asked for, least accepted, and the most it may grow to. `output` is what `want` covers
+    of each choice's output, in tokens, where the call cannot be metered in flight."""
 
     want: int
     minimum: int
     most: int
+    output: int | None = None
 
 
 class Admission:
@@ -89,6 +96,7 @@ class Admission:
         self._price_version = price_version
         self._owner = owner
         self._metering, self._bounds = limits
+        self._counters = ThreadPoolExecutor(COUNTERS, thread_name_prefix="count-prompt")
 
     def route(self, model: str) -> Route:
         """The route of a model name. Raises ModelNotFound or ModelUnpriced."""
@@ -112,9 +120,10 @@ class Admission:
         asked_ms = boot_ms()
         hold = self._hold(caller, request, route, prompt, size, request_id)
         held = await self._reserve(hold)
-        limit = None if in_flight else self._affordable(route, request, prompt, held.held, size)
+        limited = size.output is not None and held.held < size.want
+        limit = self._affordable(route, request, prompt, held.held) if limited else size.output
         session = self._session(hold, held, request, route, size, asked_ms, request_id)
-        session.limited = limit is not None
+        session.limited = limited
         call = PreparedCall(request, route, prompt.tokens, prompt.kind, limit)
         self._live.add(session)
         return session, call
@@ -123,15 +132,27 @@ class Admission:
         first = route.candidates[0]
         encoder = encoding(first.encoding)
 
-        def estimate() -> PromptEstimate:
+        def estimate(exact_bytes_max: int) -> PromptEstimate:
             return estimate_prompt(
-                encoder, first.model, request.messages, tools=request.tools, functions=request.functions
+                encoder,
+                first.model,
+                request.messages,
+                tools=request.tools,
+                functions=request.functions,
+                response_format=request.response_format,
+                sizes=request.sizes(),
+                exact_bytes_max=exact_bytes_max,
             )
 
+        exact = self._bounds.prompt_exact_bytes_max
+        if len(request.root.body) <= self._bounds.prompt_inline_bytes:
+            return estimate(exact)
         # A long prompt would stall every other stream of this worker for the milliseconds it takes.
-        if len(request.root.body) > self._bounds.prompt_inline_bytes:
-            return await asyncio.to_thread(estimate)
-        return estimate()
+        counting = asyncio.get_running_loop().run_in_executor(self._counters, estimate, exact)
+        try:
+            return await asyncio.wait_for(counting, COUNT_WAIT_S)
+        except TimeoutError:
+            return estimate(0)
 
     def _slice(self, route: Route, request: ChatRequest, prompt: PromptEstimate) -> _Size:
         """A stream holds its prompt and the first slice; more follows while it runs."""
@@ -139,23 +160,21 @@ class Admission:
         most = MICROS_MAX
         if request.limit is not None:
             slice_tokens = min(slice_tokens, request.limit * request.choices)
-            most = route.hold_cost(prompt.tokens, request.limit * request.choices)
-        return _Size(route.hold_cost(prompt.tokens, slice_tokens), route.hold_cost(prompt.tokens, 1), most)
+            most = _cost(route, request, prompt, request.limit * request.choices)
+        return _Size(_cost(route, request, prompt, slice_tokens), _cost(route, request, prompt, 1), most)
 
     def _worst_case(self, route: Route, request: ChatRequest, prompt: PromptEstimate) -> _Size:
         """A call that cannot be metered in flight holds all it could cost."""
         most = route.max_output_tokens if request.limit is None else min(request.limit, route.max_output_tokens)
         least = min(most, self._metering.output_floor_tokens)
-        want = route.hold_cost(prompt.tokens, most * request.choices)
-        return _Size(want, route.hold_cost(prompt.tokens, least * request.choices), want)
+        want = _cost(route, request, prompt, most * request.choices)
+        return _Size(want, _cost(route, request, prompt, least * request.choices), want, most)
 
-    def _affordable(
-        self, route: Route, request: ChatRequest, prompt: PromptEstimate, held: int, size: _Size
-    ) -> int | None:
-        """The output limit that a partial hold covers, per choice; None when the whole was held."""
-        if held >= size.want:
-            return None
-        covered = min(output_tokens_covered(each.price, held, prompt.tokens) for each in route.candidates)
+    def _affordable(self, route: Route, request: ChatRequest, prompt: PromptEstimate, held: int) -> int:
+        """The output limit that a partial hold covers, per choice."""
+        covered = min(
+            output_tokens_covered(each.price, held, prompt.hold, audio=request.audio) for each in route.candidates
+        )
         return max(1, covered // request.choices)
 
     def _hold(
@@ -238,6 +257,11 @@ class Admission:
             slice_low_cost=route.hold_cost(0, self._metering.slice_low_tokens),
             fence_ms=asked_ms + held.lease_ms - self._metering.fence_margin_ms,
         )
+
+
+def _cost(route: Route, request: ChatRequest, prompt: PromptEstimate, output_tokens: int) -> int:
+    """Micros that cover the prompt and so much output at the route's dearest candidate."""
+    return max(hold_cost(each.price, prompt.hold, output_tokens, audio=request.audio) for each in route.candidates)
 
 
 _LIMITS = {"debt": "balance"}

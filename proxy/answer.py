@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
-from metering.ledger import Settled
+from metering.ledger import Gone, Settled
 from providers.json_root import RootObject
 from proxy.live_session import LiveSession
 from proxy.settlement import Bill
@@ -23,34 +23,45 @@ def credits_text(micros: int) -> str:
     return f"-{text}" if micros < 0 else text
 
 
-def usage_json(session: LiveSession, due: Bill, settled: Settled | None) -> bytes:
+Reply = Settled | Gone | None
+"""What the ledger said of the settlement; None when it has not answered yet."""
+
+
+def charged(session: LiveSession, due: Bill, reply: Reply) -> int | None:
+    """Micros that Postgres will show. Before the ledger's answer that is certain only for an amount inside the hold."""
+    if reply is not None:
+        return reply.charged
+    return due.micros if due.micros <= session.held else None
+
+
+def usage_json(session: LiveSession, due: Bill, reply: Reply) -> bytes:
     """The usage object for the client: the provider's own where that is what was charged, else our counts; with `cost`,
     the charge in credits."""
-    cost = credits_text(due.micros if settled is None else settled.charged).encode()
     if due.source == "provider" and session.reported_raw is not None:
-        return RootObject(session.reported_raw).replaced({"cost": cost})
-    usage = due.usage
-    total = usage.prompt + usage.output
-    return b'{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d,"cost":%b}' % (
-        usage.prompt,
-        usage.output,
-        total,
-        cost,
-    )
+        raw = session.reported_raw
+    else:
+        usage = due.usage
+        raw = b'{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d}' % (
+            usage.prompt,
+            usage.output,
+            usage.prompt + usage.output,
+        )
+    micros = charged(session, due, reply)
+    return _set(raw, {} if micros is None else {"cost": credits_text(micros).encode()})
 
 
-def session_members(session: LiveSession, due: Bill, settled: Settled | None) -> bytes:
+def session_members(session: LiveSession, due: Bill, reply: Reply) -> bytes:
     """`,"x_tollgate":{...}` to put beside `usage`; without `balance` when the ledger's reply did not come in time."""
-    return b',"x_tollgate":' + msgspec.json.encode(_members(session, due, settled))
+    return b',"x_tollgate":' + msgspec.json.encode(_members(session, due, reply))
 
 
-def _members(session: LiveSession, due: Bill, settled: Settled | None) -> dict[str, object]:
-    members: dict[str, object] = {
-        "session": session.id,
-        "charge": _number(due.micros if settled is None else settled.charged),
-    }
-    if settled is not None:
-        members["balance"] = _number(settled.available)
+def _members(session: LiveSession, due: Bill, reply: Reply) -> dict[str, object]:
+    members: dict[str, object] = {"session": session.id}
+    micros = charged(session, due, reply)
+    if micros is not None:
+        members["charge"] = _number(micros)
+    if isinstance(reply, Settled):
+        members["balance"] = _number(reply.available)
     members["provider"] = session.attempts[-1].provider if session.attempts else None
     members["attempts"] = len(session.attempts)
     return members
@@ -60,11 +71,18 @@ def _number(micros: int) -> msgspec.Raw:
     return msgspec.Raw(credits_text(micros).encode())
 
 
-def billed_body(body: bytes, session: LiveSession, due: Bill, settled: Settled | None) -> bytes:
+def _set(body: bytes, changes: dict[str, bytes]) -> bytes:
+    """`body` with members of ours. One that the provider sent twice is written once: a reader may take the first."""
+    root = RootObject(body)
+    if root.duplicates & changes.keys():
+        root = RootObject(msgspec.json.encode(msgspec.json.decode(body, type=dict[str, msgspec.Raw])))
+    return root.replaced(changes)
+
+
+def billed_body(body: bytes, session: LiveSession, due: Bill, reply: Reply) -> bytes:
     """A whole answer with `usage.cost` and `x_tollgate` spliced in; every other byte stays the provider's."""
-    return RootObject(body).replaced(
-        {"usage": usage_json(session, due, settled), "x_tollgate": msgspec.json.encode(_members(session, due, settled))}
-    )
+    members = msgspec.json.encode(_members(session, due, reply))
+    return _set(body, {"usage": usage_json(session, due, reply), "x_tollgate": members})
 
 
 def stream_headers(session: LiveSession) -> Headers:
@@ -81,16 +99,18 @@ def stream_headers(session: LiveSession) -> Headers:
     return headers
 
 
-def bill_headers(session: LiveSession, due: Bill, settled: Settled | None) -> Headers:
+def bill_headers(session: LiveSession, due: Bill, reply: Reply) -> Headers:
     """Headers of a whole answer or of an error after a hold."""
     headers = [
         (b"x-tollgate-session", session.id.encode()),
         (b"x-tollgate-route", session.route.encode()),
-        (b"x-tollgate-charge", credits_text(due.micros if settled is None else settled.charged).encode()),
         *_attempt_headers(session),
     ]
-    if settled is not None:
-        headers.append((b"x-tollgate-balance", credits_text(settled.available).encode()))
+    micros = charged(session, due, reply)
+    if micros is not None:
+        headers.append((b"x-tollgate-charge", credits_text(micros).encode()))
+    if isinstance(reply, Settled):
+        headers.append((b"x-tollgate-balance", credits_text(reply.available).encode()))
     if session.limited:
         headers.append((b"x-tollgate-limited", b"credit"))
     return headers

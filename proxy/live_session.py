@@ -76,6 +76,8 @@ class LiveSession:
     seq: int = 0
     exhausted: bool = False
     limited: bool = False
+    request_sent: bool = False
+    output_most: int | None = None
     attempts: list[Attempt] = field(default_factory=list)
     started_at: float = field(default_factory=time.monotonic)
     reported_raw: bytes | None = None
@@ -108,10 +110,12 @@ class LiveSession:
         self.error = error
         if self.exchange is not None:
             self.exchange.abort()
-        if ending is Ending.CLIENT_STALLED and self.task is not None:
+        if self.client is not None and self.client.writing_since is not None and self.task is not None:
+            # Its task waits in a write that this client does not take. What waits there must not go out later either:
+            # after the fence nothing may reach the client.
             if self.abort_client is not None:
                 self.abort_client()
-            self.task.cancel()  # it waits in a write that this client will never drain
+            self.task.cancel()
 
     def time_out(self, error: Exception) -> None:
         """The attempt took too long; the session may go on with another."""

@@ -10,14 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from typing import Any
 
 from config.settings import Bounds, Metering
 from metering.ledger import Gone, LedgerUnavailable, Progressed
 from metering.redis_ledger import RedisLedger
 from proxy import telemetry
-from proxy.errors import Draining, LeaseLost, Overloaded, UpstreamTimedOut
+from proxy.errors import Draining, InternalError, LeaseLost, Overloaded, UpstreamTimedOut
 from proxy.live_session import LiveSession
 from proxy.session import Ending, Phase
 
@@ -41,18 +41,41 @@ class LiveSessions:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._ticker: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
+        self._admitting = 0
+        self._ticking: LiveSession | None = None
         self.draining = False
 
     def start(self) -> None:
         """Begin to tick."""
         self._ticker = asyncio.get_running_loop().create_task(self._run())
+        self._ticker.add_done_callback(self._ticker_ended)
+
+    def _ticker_ended(self, ticker: asyncio.Task[None]) -> None:
+        """Leases depend on the tick: a session that makes it fail is ended, and the others are ticked on."""
+        if ticker.cancelled():
+            return
+        telemetry.log.error("the tick failed", exc_info=ticker.exception())
+        culprit = self._ticking
+        if culprit is not None:
+            culprit.end(Ending.INTERNAL, InternalError())
+        self.start()
 
     def admit(self) -> None:
         """Raises Draining or Overloaded when no further session may begin."""
         if self.draining:
             raise Draining(retry_after_ms=1_000)
-        if len(self._sessions) >= self._bounds.live_sessions_max:
+        if len(self._sessions) + self._admitting > self._bounds.live_sessions_max:
             raise Overloaded(retry_after_ms=1_000)
+
+    @contextlib.contextmanager
+    def admitting(self) -> Iterator[None]:
+        """A call is being admitted: a drain waits for it too, since it may hold credit any moment."""
+        self._admitting += 1
+        try:
+            yield
+        finally:
+            self._admitting -= 1
+            self._changed.set()
 
     def add(self, session: LiveSession) -> None:
         """A session was held. Its first fence runs from the moment the hold was asked for."""
@@ -105,7 +128,8 @@ class LiveSessions:
     async def _checkpoint(self, session: LiveSession, want_hold: int) -> None:
         session.seq += 1
         sent_ms = boot_ms()
-        metered = session.metered_now()
+        # Never more than the hold: what is metered beyond it was not forwarded yet, and may be taken back.
+        metered = min(session.metered_now(), session.held)
         session.checkpoint_at = time.monotonic()
         session.checkpoint_metered = metered
         try:
@@ -137,7 +161,9 @@ class LiveSessions:
                 due = loop.time()
             now, now_boot = time.monotonic(), boot_ms()
             for session in list(self._sessions.values()):
+                self._ticking = session
                 self._tick(session, now, now_boot)
+            self._ticking = None
 
     def _tick(self, session: LiveSession, now: float, now_boot: int) -> None:
         if session.phase >= Phase.SETTLING or session.ending is not None:
@@ -153,7 +179,9 @@ class LiveSessions:
         every = self._metering.progress_ms / 1000
         idle_every = self._metering.lease_ms / 3000
         since = now - session.checkpoint_at
-        if since >= idle_every or (since >= every and session.metered_now() != session.checkpoint_metered):
+        if since >= idle_every or (
+            since >= every and min(session.metered_now(), session.held) != session.checkpoint_metered
+        ):
             self.checkpoint(session)
 
     def _tick_client(self, session: LiveSession, now: float) -> None:
@@ -189,6 +217,6 @@ class LiveSessions:
         """Wait, at most so long, until no session (and no detached task) is left."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while self._sessions or (tasks_too and self._tasks):
+                while self._sessions or self._admitting or (tasks_too and self._tasks):
                     self._changed.clear()
                     await self._changed.wait()

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Callable
 
 from config.settings import Bounds
-from metering.ledger import Settled
+from metering.ledger import Gone, Settled
 from metering.meter import Meter
 from providers.events import Chunk, Completed, Failed, UsageSeen
 from proxy import telemetry
@@ -58,12 +58,11 @@ class StreamRelay:
         except SessionEnded:
             return await self._end(session, call, client, session.ending or Ending.INTERNAL, session.error)
         except asyncio.CancelledError:
-            ending = session.ending or Ending.SHUTDOWN
-            if session.phase < Phase.SETTLING:
-                due, _ = self._settler.begin(session, call, ending)
-                if ending is Ending.CLIENT_STALLED:
-                    return due
-            raise
+            if session.ending is None or session.phase >= Phase.SETTLING:
+                raise
+            client.ended = True  # we cancelled it ourselves, in a write: there is nobody to tell
+            due, _ = self._settler.begin(session, call, session.ending)
+            return due
 
     async def _pump(
         self, session: LiveSession, opened: Opened, client: ClientStream
@@ -175,7 +174,7 @@ class StreamRelay:
             await client.finish([self._render(public)])
         return due
 
-    async def _reply(self, settling: asyncio.Task[Settled | None]) -> Settled | None:
+    async def _reply(self, settling: asyncio.Task[Settled | Gone]) -> Settled | Gone | None:
         """The settlement's answer, if it comes in time; the task goes on either way."""
         done, _ = await asyncio.wait({settling}, timeout=self._bounds.settle_reply_ms / 1000)
         if not done:

@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from config.settings import Bounds
+from metering.prompt import newer_family
 from providers.json_root import NotAnObject, RootObject, any_duplicate, depth_exceeds
 from proxy.errors import InvalidBody, InvalidValue, UnsupportedParameter
 
 CHOICES_MAX = 128
 OUTPUT_TOKENS_MAX = 2**31 - 1
 _REFUSED = ("api_base", "base_url", "api_key", "extra_headers", "extra_body")
+_OWN_OUTPUT_MAX = (
+    (re.compile(r"(?:ft:)?gpt-(?:3\.5|4-turbo|4-.*preview)"), 4_096),
+    (re.compile(r"(?:ft:)?gpt-4(?:-0314|-0613)?(?:$|:)"), 8_192),
+)
 _PLACE = re.compile(r" - at `\$\.?([^`]*)`$")
 _MISSING = re.compile(r"missing required field `([^`]*)`")
 
@@ -37,6 +43,8 @@ class _Wire(msgspec.Struct):
     n: int | None = None
     tools: list[Any] | None = None
     functions: list[Any] | None = None
+    response_format: Any = None
+    modalities: Any = None
 
 
 _READ = tuple(_Wire.__struct_fields__)
@@ -45,18 +53,29 @@ _decode = msgspec.json.Decoder(_Wire).decode
 
 @dataclass(slots=True)
 class ChatRequest:
-    """A checked request. `limit` is the smaller of the two output limits given, in tokens per choice, or None."""
+    """A checked request. `limits` are the output limits given, by field, in tokens per choice; `audio` says that some
+    of its tokens may be priced as audio."""
 
     root: RootObject
     model: str
     messages: list[Any]
     tools: list[Any]
     functions: list[Any]
+    response_format: Any
+    audio: bool
     stream: bool
     usage_wanted: bool
     choices: int
-    limit: int | None
-    limit_fields: tuple[str, ...]
+    limits: Mapping[str, int]
+
+    @property
+    def limit(self) -> int | None:
+        """The smallest output limit given, in tokens per choice, or None."""
+        return min(self.limits.values()) if self.limits else None
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each root member as sent."""
+        return {name: end - start for name, (start, end) in self.root.spans.items()}
 
     def body_hash(self) -> str:
         """SHA-256 of the body as sent, hex."""
@@ -65,19 +84,21 @@ class ChatRequest:
     def upstream_body(
         self, model: str, *, include_usage: bool, output_limit: int | None, limit_field: str | None
     ) -> bytes:
-        """The body with the candidate's model, usage asked for, and a lowered output limit (or None) spliced in.
+        """The body with the candidate's model, usage asked for, and the output limit that the hold covers spliced in.
 
-        `limit_field` is the only limit a provider understands; the client's limit is put there too.
+        Limits above the smallest of all are lowered to it; `output_limit` None adds none. `limit_field` is the only
+        limit a provider understands: the limit is put there too. Without a change it is the body as it came.
         """
         changes = {"model": msgspec.json.encode(model)} if model != self.model else {}
         if self.stream and include_usage and not self.usage_wanted:
             changes["stream_options"] = self._stream_options()
-        if output_limit is not None:
-            for name in self.limit_fields or (limit_field or "max_tokens",):
-                changes[name] = b"%d" % output_limit
-        limit = self.limit if output_limit is None else output_limit
-        if limit is not None and limit_field is not None and limit_field not in self.limit_fields:
-            changes[limit_field] = b"%d" % limit
+        limit = min((each for each in (self.limit, output_limit) if each is not None), default=None)
+        if limit is not None:
+            changes |= {name: b"%d" % limit for name, value in self.limits.items() if value > limit}
+            if limit_field is not None and limit_field not in self.limits:
+                changes[limit_field] = b"%d" % limit
+            elif not self.limits and not _within_own(model, limit):
+                changes["max_completion_tokens" if newer_family(model) else "max_tokens"] = b"%d" % limit
         return self.root.replaced(changes) if changes else self.root.body
 
     def _stream_options(self) -> bytes:
@@ -87,12 +108,18 @@ class ChatRequest:
         return RootObject(raw).replaced({"include_usage": b"true"})
 
 
+def _within_own(model: str, limit: int) -> bool:
+    """Whether a model's own maximum keeps its output within `limit`: those models refuse a limit above it."""
+    name = model.rpartition("/")[2].lower()
+    return next((most for pattern, most in _OWN_OUTPUT_MAX if pattern.match(name)), limit + 1) <= limit
+
+
 def read_chat(body: bytes, bounds: Bounds) -> ChatRequest:
     """Read and check a body. Raises InvalidBody, InvalidValue (with the field) or UnsupportedParameter."""
     if depth_exceeds(body, bounds.depth_max):
         raise InvalidBody(f"The request body nests deeper than {bounds.depth_max} levels.")
     try:
-        root = RootObject(body)
+        root = RootObject(body, bounds.root_members_max)
     except NotAnObject as error:
         raise InvalidBody(f"We could not parse the JSON body of your request: {error}.") from None
     for name in _REFUSED:
@@ -118,7 +145,7 @@ def _checked(root: RootObject, wire: _Wire, bounds: Bounds) -> ChatRequest:
     choices = 1 if wire.n is None else wire.n
     if not 1 <= choices <= CHOICES_MAX:
         raise InvalidValue(f"Invalid 'n': expected an integer from 1 to {CHOICES_MAX}.", param="n")
-    limits = {}
+    limits: dict[str, int] = {}
     for name in ("max_tokens", "max_completion_tokens"):
         value: int | None = getattr(wire, name)
         if value is not None:
@@ -136,12 +163,27 @@ def _checked(root: RootObject, wire: _Wire, bounds: Bounds) -> ChatRequest:
         messages=wire.messages,
         tools=wire.tools or [],
         functions=wire.functions or [],
+        response_format=wire.response_format,
+        audio=root.raw("audio") not in (None, b"null") or _names_audio(wire.modalities, wire.messages),
         stream=bool(wire.stream),
         usage_wanted=bool(options is not None and options.include_usage),
         choices=choices,
-        limit=min(limits.values()) if limits else None,
-        limit_fields=tuple(limits),
+        limits=limits,
     )
+
+
+def _names_audio(modalities: Any, messages: list[dict[str, Any]]) -> bool:
+    """Whether audio is asked for, or given in a message."""
+    if isinstance(modalities, list) and "audio" in modalities:
+        return True
+    parts = (part for message in messages for part in _listed(message.get("content")))
+    return any(isinstance(part, dict) and part.get("type") == "input_audio" for part in parts) or any(
+        message.get("audio") for message in messages
+    )
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _invalid(message: str) -> InvalidValue | InvalidBody:

@@ -26,7 +26,7 @@ from proxy.live_sessions import LiveSessions
 from proxy.relay import StreamRelay
 from proxy.request import read_chat
 from proxy.session import Ending
-from proxy.settlement import Bill
+from proxy.settlement import Bill, Settler
 from proxy.upstream import PreparedCall, SessionEnded
 from proxy.whole_relay import WholeRelay
 
@@ -47,14 +47,14 @@ class DataPlane:
         keys: KeyStore,
         admission: Admission,
         live: LiveSessions,
-        relays: tuple[StreamRelay, WholeRelay],
+        relays: tuple[StreamRelay, WholeRelay, Settler],
         routes: Mapping[str, Route],
         bounds: Bounds,
     ) -> None:
         self._keys = keys
         self._admission = admission
         self._live = live
-        self._stream_relay, self._whole_relay = relays
+        self._stream_relay, self._whole_relay, self._settler = relays
         self._bounds = bounds
         self._started = int(time.time())
         self._models = {name: self._model(name, route) for name, route in routes.items()}
@@ -73,7 +73,8 @@ class DataPlane:
             principal.key_id,
             KeyLimits(principal.requests_per_minute, principal.parallel_sessions),
         )
-        session, call = await self._admission.admit(caller, request, request_key)
+        with self._live.admitting():
+            session, call = await self._admission.admit(caller, request, request_key)
         session.started_at = began
         state["session"] = session.id
         session.task = asyncio.current_task()
@@ -89,6 +90,8 @@ class DataPlane:
             return
         finally:
             watch.cancel()
+            session.abort_client = None  # the connection may carry another request next
+            self._settler.abandoned(session, call)
         _log(state, session, bill, began)
 
     async def list_models(self, scope: Scope) -> dict[str, Any]:

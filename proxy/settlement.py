@@ -35,20 +35,26 @@ class Bill:
     source: str
     micros: int
     outcome: Outcome
+    counted_output: int | None
 
 
 def bill(session: LiveSession, ending: Ending, prompt_kind: str) -> Bill:
     """Who pays what. Pure over the session's state."""
     charge, outcome = charge_for(ending, session.phase, stream=session.stream)
     meter, price = session.meter, session.price
+    if charge is Charge.PROMPT and not session.request_sent:
+        charge, outcome = Charge.NOTHING, "void"  # the attempt was still connecting: the provider saw nothing
     if charge is Charge.NOTHING or meter is None or price is None:
-        return Bill(TokenUsage(0, 0, 0, 0, 0), "counted", 0, outcome)
+        return Bill(TokenUsage(0, 0, 0, 0, 0), "counted", 0, outcome, 0)
     usage, source = meter.counted(), prompt_kind
+    counted: int | None = usage.output
     if charge is Charge.REPORTED:
         usage, source = meter.final()
+        if source == "provider" and not session.stream:
+            counted = None  # a whole answer with believable usage is not tokenised
     elif charge is Charge.PROMPT:
         usage = TokenUsage(usage.prompt, 0, 0, 0, 0)
-    return Bill(usage, source, cost(price, usage), outcome)
+    return Bill(usage, source, cost(price, usage), outcome, counted)
 
 
 class Settler:
@@ -61,21 +67,28 @@ class Settler:
 
     def begin(
         self, session: LiveSession, call: PreparedCall, ending: Ending
-    ) -> tuple[Bill, asyncio.Task[Settled | None]]:
+    ) -> tuple[Bill, asyncio.Task[Settled | Gone]]:
         """Fix the bill now and settle in a task of its own. Call once per session."""
+        if session.exchange is not None:
+            session.request_sent = session.exchange.sent
+            session.exchange.release()
+            session.exchange = None
         due = bill(session, ending, call.prompt_kind)
         session.advance(Phase.SETTLING)
         session.content_due = None
-        if session.exchange is not None:
-            session.exchange.release()
-            session.exchange = None
         metadata = self._metadata(session, call, ending, due)
         return due, self._live.detach(self._settle(session, call.route, ending, due, metadata))
 
+    def abandoned(self, session: LiveSession, call: PreparedCall) -> None:
+        """The request's task is over. Whatever ended it, a session that nobody began to settle is settled now: its
+        lease is renewed as long as it is live, so no sweeper would ever end it."""
+        if session.phase < Phase.SETTLING:
+            self.begin(session, call, session.ending or Ending.INTERNAL)
+
     async def _settle(
         self, session: LiveSession, route: Route, ending: Ending, due: Bill, metadata: bytes
-    ) -> Settled | None:
-        """Until the ledger answers: every call is idempotent. None when the session was no longer ours."""
+    ) -> Settled | Gone:
+        """Until the ledger answers: every call is idempotent. Gone when the session was no longer ours."""
         if session.checkpoint is not None:
             await asyncio.wait({session.checkpoint})
         tries = 0
@@ -92,7 +105,7 @@ class Settler:
             session.advance(Phase.FINAL)
             self._live.remove(session)
         self._count(session, route, ending, due, reply)
-        return reply if isinstance(reply, Settled) else None
+        return reply
 
     async def _send(self, session: LiveSession, due: Bill, metadata: bytes) -> Settled | Gone:
         if due.outcome == "void":
@@ -128,7 +141,6 @@ class Settler:
         if answered is not None:
             answered.close(ending.value)
         first = session.first_content_at
-        counted = session.meter.counted() if session.meter is not None and session.phase is not Phase.HELD else None
         fields: dict[str, Any] = {
             "request_id": session.request_id,
             "route": call.route.name,
@@ -142,10 +154,7 @@ class Settler:
             "output": due.usage.output,
             "reasoning": due.usage.reasoning,
             "counted_prompt": call.prompt_tokens,
-            # None: a whole answer with believable usage is not tokenised.
-            "counted_output": counted.output
-            if counted is not None and (session.stream or due.source != "provider")
-            else None,
+            "counted_output": due.counted_output,
             "source": due.source,
             "ending": ending.value,
             "first_content_ms": None if first is None else int((first - session.started_at) * 1000),

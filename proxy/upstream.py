@@ -42,6 +42,8 @@ from proxy.transport_errors import (
 )
 
 ERROR_BODY_BYTES_MAX = 256 * 1024
+LIMIT_SLACK, LIMIT_SLACK_TOKENS = 4, 1024
+"""How far a reported output may exceed the request's limit: some servers do not count reasoning into the limit."""
 CHANNELS = tuple(Channel(value) for value in range(len(Channel)))
 
 
@@ -166,6 +168,8 @@ class Upstreams:
         out = codec.request(chat, session.request_id)
         session.meter = Meter(candidate.price, call.prompt_tokens, encoding(candidate.encoding), call.prompt_kind)
         session.price = candidate.price
+        limit = call.output_limit or request.limit
+        session.output_most = None if limit is None else LIMIT_SLACK * limit * request.choices + LIMIT_SLACK_TOKENS
         attempt = Attempt(candidate.upstream.name, candidate.model)
         session.attempts.append(attempt)
         exchange = self._transport.open(
@@ -174,15 +178,18 @@ class Upstreams:
             head_ms=self._bounds.headers_ms if request.stream else self._bounds.headers_nonstream_ms,
         )
         session.exchange = exchange
+        session.request_sent = False
         session.advance(Phase.SENT)
         return attempt, codec, exchange
 
     def _answered(self, session: LiveSession, call: PreparedCall) -> None:
         session.advance(Phase.ANSWERED)
+        self._confirm(session)
+        if not session.stream:
+            return  # a whole answer shows no content before its end; the idle and total bounds watch it
         hidden = call.route.hidden_reasoning
         bound_ms = self._bounds.first_content_hidden_ms if hidden else self._bounds.first_content_ms
         session.content_due = time.monotonic() + bound_ms / 1000
-        self._confirm(session)
 
     async def _expect_success(self, codec: OpenAICodec, exchange: Exchange) -> None:
         await exchange.head()
@@ -202,8 +209,10 @@ class Upstreams:
                 raise failure_error(failure)
             raise UpstreamGarbage("The provider did not answer with an event stream.")
         events: list[Event] = []
+        size = 0
         while True:
             data = await exchange.read()
+            size += len(data)
             fresh = codec.feed(data) if data else codec.end_of_stream()
             for event in fresh:
                 if isinstance(event, Failed):
@@ -211,6 +220,8 @@ class Upstreams:
             events += fresh
             if any(isinstance(event, Completed) or (isinstance(event, Chunk) and event.content) for event in fresh):
                 return events
+            if size > self._bounds.frame_bytes_max and events:
+                return events  # so much that shows nothing is let through rather than gathered
 
     async def _body(self, exchange: Exchange, bytes_max: int) -> bytes:
         parts, size = [], 0
@@ -225,6 +236,7 @@ class Upstreams:
         """Close a failed attempt; returns what to raise."""
         exchange, session.exchange = session.exchange, None
         if exchange is not None:
+            session.request_sent = exchange.sent
             exchange.release()
         if session.ending is not None:
             attempt.close(session.ending.value)
@@ -300,7 +312,10 @@ def report(session: LiveSession, usage: ReportedUsage) -> None:
     """Meter a provider's usage; a report that cannot be believed is noted and left."""
     meter, provider = session.meter, session.attempts[-1].provider
     refused: str | None = "no prompt or completion count"
-    if meter is not None and usage.prompt is not None and usage.output is not None:
+    most = session.output_most
+    if most is not None and usage.output is not None and usage.output > most:
+        refused = f"more than {most} output tokens, which the request's limit rules out"
+    elif meter is not None and usage.prompt is not None and usage.output is not None:
         refused = meter.report(
             TokenUsage(
                 prompt=usage.prompt,
@@ -316,4 +331,10 @@ def report(session: LiveSession, usage: ReportedUsage) -> None:
         session.reported_raw = usage.raw
     else:
         telemetry.USAGE_REFUSED.labels(provider).inc()
-        telemetry.log.warning("usage refused", provider=provider, reason=refused)
+        telemetry.log.warning(
+            "usage refused",
+            request_id=session.request_id,
+            session=session.id,
+            provider=provider,
+            reason=refused,
+        )

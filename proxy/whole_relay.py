@@ -9,13 +9,13 @@ import asyncio
 from dataclasses import dataclass
 
 from config.settings import Bounds
-from metering.ledger import Settled
+from metering.ledger import Gone, Settled
 from providers.codec import Answer
 from proxy import telemetry
 from proxy.answer import Headers, bill_headers, billed_body
 from proxy.errors import CallError, InternalError
 from proxy.live_session import LiveSession
-from proxy.session import Ending, Phase
+from proxy.session import Ending
 from proxy.settlement import Bill, Settler
 from proxy.upstream import CHANNELS, PreparedCall, SessionEnded, Upstreams, report
 
@@ -53,15 +53,13 @@ class WholeRelay:
             public = session.error if isinstance(session.error, CallError) else InternalError()
             public.headers = bill_headers(session, due, settled)
             raise public from None
-        except asyncio.CancelledError:
-            if session.phase < Phase.SETTLING:
-                self._settler.begin(session, call, session.ending or Ending.SHUTDOWN)
-            raise
         _meter(session, answer)
         due, settled = await self._settled(session, call, Ending.COMPLETED)
         return WholeAnswer(billed_body(answer.body, session, due, settled), bill_headers(session, due, settled), due)
 
-    async def _settled(self, session: LiveSession, call: PreparedCall, ending: Ending) -> tuple[Bill, Settled | None]:
+    async def _settled(
+        self, session: LiveSession, call: PreparedCall, ending: Ending
+    ) -> tuple[Bill, Settled | Gone | None]:
         due, settling = self._settler.begin(session, call, ending)
         done, _ = await asyncio.wait({settling}, timeout=self._bounds.settle_reply_ms / 1000)
         if not done:

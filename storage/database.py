@@ -6,7 +6,10 @@ The Protocols describe the part of asyncpg that we use, because asyncpg ships no
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import re
+import socket
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit, urlunsplit
@@ -44,6 +47,13 @@ class DatabaseUrlError(ValueError):
     """The database URL is not usable; the message never shows it."""
 
 
+class HostUnknown(OSError):
+    """The database URL names a host without an address (one of FAILED: names can be out for a while)."""
+
+
+_HOST = re.compile(r"(?:[A-Za-z0-9._%-]*|\[[0-9A-Fa-f:.]+\])(?::(?P<port>[0-9]{1,5}))?")
+
+
 class Connection(Protocol):
     """The part of ``asyncpg.Connection`` that we use."""
 
@@ -78,12 +88,43 @@ class Pool(Protocol):
 def dsn(url: str) -> str:
     """The URL as asyncpg reads it: ``postgres://`` and ``postgresql+asyncpg://`` become ``postgresql://``.
 
-    A unix socket is named by its folder: ``postgresql://user@/database?host=/folder``. Raises DatabaseUrlError.
+    A unix socket is named by its folder: ``postgresql://user@/database?host=/folder``. Raises DatabaseUrlError, also
+    where a password with special characters was cut in pieces: what then looks like a host or a port is part of it.
     """
     scheme, separator, rest = url.partition("://")
     if not separator or scheme not in ("postgres", "postgresql", "postgresql+asyncpg"):
         raise DatabaseUrlError("DATABASE_URL: write postgresql://user:password@host:5432/database.")
+    place, rest_of_it = re.fullmatch(r"([^/?#]*)(.*)", rest, re.DOTALL).groups()  # type: ignore[union-attr]
+    hosts = place.rpartition("@")[2].split(",")
+    whole = place.count("@") <= 1 and "#" not in rest_of_it and "@" not in rest_of_it.partition("?")[0]
+    if not whole or ("@" in rest_of_it and "@" not in place) or not all(map(_is_host, hosts)):
+        raise DatabaseUrlError(
+            "DATABASE_URL: its host or port cannot be read. Write postgresql://user:password@host:5432/database with "
+            "a port of 1-65535, and / # ? @ % inside the password as %2F %23 %3F %40 %25."
+        )
     return f"postgresql://{rest}"
+
+
+def _is_host(text: str) -> bool:
+    found = _HOST.fullmatch(text)
+    return found is not None and 0 < int(found["port"] or 1) < 65_536
+
+
+@contextlib.contextmanager
+def _readable() -> Iterator[None]:
+    """asyncpg's words about the URL itself under our names, without what the URL holds."""
+    try:
+        yield
+    except socket.gaierror as error:
+        raise HostUnknown(
+            f"Postgres cannot be reached: the host in DATABASE_URL has no address ({error.strerror}). Correct its name."
+        ) from None
+    except UnicodeError:
+        raise DatabaseUrlError("DATABASE_URL: its host is not a name that can be looked up.") from None
+    except asyncpg.exceptions.ClientConfigurationError as error:
+        raise DatabaseUrlError(f"DATABASE_URL: {error}") from None
+    except ValueError:
+        raise DatabaseUrlError("DATABASE_URL: it, or a parameter behind its '?', cannot be read.") from None
 
 
 def redacted(url: str) -> str:
@@ -97,9 +138,11 @@ def redacted(url: str) -> str:
 
 async def connect(url: str, *, application_name: str = APPLICATION_NAME, command_s: float = COMMAND_S) -> Connection:
     """One connection outside of any pool, bounded by 5 s to connect and `command_s` a statement. Raises FAILED."""
-    connection: Connection = await asyncpg.connect(
-        dsn(url), timeout=CONNECT_S, command_timeout=command_s, server_settings={"application_name": application_name}
-    )
+    target, named = dsn(url), {"application_name": application_name}
+    with _readable():
+        connection: Connection = await asyncpg.connect(
+            target, timeout=CONNECT_S, command_timeout=command_s, server_settings=named
+        )
     return connection
 
 
@@ -107,17 +150,20 @@ async def connect_pool(
     url: str, *, size_max: int = POOL_SIZE, application_name: str = APPLICATION_NAME, command_s: float = COMMAND_S
 ) -> Pool:
     """A pool of at most `size_max` connections, opened on demand; one is tried now. Raises FAILED."""
-    pool: Pool = await asyncpg.create_pool(
-        dsn(url),
-        min_size=0,  # a floor would be restored in the background, with a traceback in the log for each failure
-        max_size=size_max,
-        timeout=CONNECT_S,
-        command_timeout=command_s,
-        max_inactive_connection_lifetime=IDLE_S,
-        server_settings={"application_name": application_name},
-    )
+    target = dsn(url)
+    with _readable():
+        pool: Pool = await asyncpg.create_pool(
+            target,
+            min_size=0,  # a floor would be restored in the background, with a traceback in the log for each failure
+            max_size=size_max,
+            timeout=CONNECT_S,
+            command_timeout=command_s,
+            max_inactive_connection_lifetime=IDLE_S,
+            server_settings={"application_name": application_name},
+        )
     try:
-        await pool.fetchval("SELECT 1")
+        with _readable():
+            await pool.fetchval("SELECT 1")
     except BaseException:
         pool.terminate()
         raise
@@ -132,6 +178,8 @@ def engine(url: str) -> AsyncEngine:
     target = dsn(url)
 
     async def creator() -> Any:
-        return await asyncpg.connect(target, timeout=CONNECT_S, server_settings={"application_name": APPLICATION_NAME})
+        named = {"application_name": APPLICATION_NAME}
+        with _readable():
+            return await asyncpg.connect(target, timeout=CONNECT_S, server_settings=named)
 
     return create_async_engine("postgresql+asyncpg://", async_creator=creator, poolclass=NullPool)

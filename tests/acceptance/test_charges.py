@@ -206,7 +206,7 @@ async def test_wrong_usage_is_charged_only_when_it_can_be_believed(
 @pytest.mark.parametrize("way", CALLS)
 async def test_a_report_above_the_credit_takes_the_credit_and_no_more(quirky: Gateway, way: str) -> None:
     key = await quirky.key(200)
-    answered = await CALLS[way](quirky, key, ask("[[tokens=50]]Hi.", model="sim-wrong-usage:kind.big", max_tokens=50))
+    answered = await CALLS[way](quirky, key, ask("[[tokens=50]]Hi.", model="sim-wrong-usage:kind.big"))
     served = await quirky.served(answered.request_id)
     row = await quirky.session(answered.session)
     reported = served["usage_sent"]["prompt_tokens"] + served["usage_sent"]["completion_tokens"]

@@ -86,6 +86,14 @@ async def test_metrics_of_all_processes_come_in_one_answer(gateway: Gateway, key
     assert ledgers, sorted(after)
 
 
+async def test_a_providers_own_error_code_is_no_label(gateway: Gateway, key: Key) -> None:
+    answer = await chat(gateway, key.text, model="sim-context-length")
+    assert (answer.status, answer.error()["code"]) == (400, "context_length_exceeded")
+    counted = samples((await get(gateway, "/metrics")).body.decode())["tollgate_requests_total"]
+    assert (("code", "provider_error"), ("status", "400")) in counted
+    assert "context_length_exceeded" not in {value for place in counted for _, value in place}
+
+
 async def test_no_label_names_an_account_a_key_or_a_session(gateway: Gateway, key: Key) -> None:
     answer = await chat(gateway, key.text)
     for model in ("zq-no-such-model", "x" * 5_000):

@@ -143,6 +143,92 @@ async def test_a_header_without_end_is_refused_at_its_bound(gateway: Gateway) ->
         assert time.monotonic() - began < CLIENT_HEADER_S * 0.8  # by its size, not by its time
 
 
+@pytest.mark.parametrize("part", [b"0\r\nA: ", b"5;", b"5;a="], ids=["trailer", "extension", "extension's value"])
+async def test_a_chunked_body_that_never_gets_on_is_refused_at_its_bound(
+    gateway: Gateway, key: Key, part: bytes
+) -> None:
+    head = post(TE, body=b"").replace(SMUGGLED, b"").replace(b"KEY", key.text.encode())
+    async with connected(gateway.port) as client:
+        await client.send(head + part)
+        began = time.monotonic()
+        for _ in range(8):
+            await send(client, b"a" * 65_536)
+        await client.rest()
+        assert time.monotonic() - began < CLIENT_BODY_S * 0.8  # by its size, not by its time
+    await fine(gateway, key)
+
+
+async def test_a_field_behind_a_chunked_body_is_no_header(gateway: Gateway, key: Key) -> None:
+    """Whoever checks the headers in front of us would never have seen it."""
+    trailer = WHOLE.removesuffix(b"\r\n") + f"authorization: Bearer {key.text}\r\n\r\n".encode()
+    async with connected(gateway.port) as client:
+        await client.send(f"POST {PATH} HTTP/1.1\r\nhost: x\r\n{TE}\r\n\r\n".encode() + trailer)
+        assert (await client.answer()).status == 401
+    await fine(gateway, key)
+
+
+OFFERS = {
+    "http/2": ("connection: Upgrade, HTTP2-Settings", "upgrade: h2c", "http2-settings: AAMAAABkAAQAAP__"),
+    "a websocket": ("connection: keep-alive, Upgrade", "upgrade: websocket", "sec-websocket-key: AAAA"),
+    "two things": ("upgrade: h2c", "connection: upgrade", "upgrade: x/1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["one segment", "two segments"])
+@pytest.mark.parametrize("framing", [LENGTH, TE])
+@pytest.mark.parametrize("name", OFFERS)
+async def test_an_offer_to_change_the_protocol_is_ignored_and_the_body_stays_a_body(
+    gateway: Gateway, key: Key, name: str, framing: str, apart: bool
+) -> None:
+    say = json.dumps(SMUGGLED.decode())  # the body holds a request, which must not be served as one
+    body = b'{"model":"gpt-4o-mini","max_tokens":5,"messages":[{"role":"user","content":%b}]}' % say.encode()
+    length = f"content-length: {len(body)}" if framing == LENGTH else framing
+    head = post(*OFFERS[name], length, body=b"").replace(SMUGGLED, b"").replace(b"KEY", key.text.encode())
+    framed = body if framing == LENGTH else b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    async with connected(gateway.port) as client:
+        if apart:
+            await client.send(head)
+            with pytest.raises(TimeoutError):
+                await client.rest(0.2)  # no answer before the body
+            await client.send(framed)
+        else:
+            await client.send(head + framed)
+        answer = await client.answer()
+        assert answer.status == 200
+        assert answer.json()["object"] == "chat.completion"
+        with pytest.raises(TimeoutError):
+            await client.rest(0.2)  # exactly one answer, and the connection goes on
+        assert (await client.request("GET", "/health/live")).json() == {"status": "ok"}
+    await fine(gateway, key)
+
+
+async def test_offers_to_change_the_protocol_may_follow_each_other(gateway: Gateway, key: Key) -> None:
+    offer = post(*OFFERS["http/2"], LENGTH).replace(b"KEY", key.text.encode())
+    async with connected(gateway.port) as client:
+        await client.send(offer + offer)
+        for _ in range(2):
+            assert stream_of(await client.answer(), usage_wanted=False).text()
+            assert (await client.answer()).json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize("part", [b"\r\n", b"\r\n\r\n", b"GET /heal"])
+async def test_a_connection_whose_next_request_does_not_come_is_not_kept(gateway: Gateway, part: bytes) -> None:
+    async with connected(gateway.port) as client:
+        assert (await client.request("GET", "/health/live")).status == 200
+        began = time.monotonic()
+        await client.send(part)
+        assert await client.rest() == b""
+        assert CLIENT_HEADER_S * 0.8 < time.monotonic() - began < CLIENT_HEADER_S + 2
+
+
+async def test_a_line_end_before_a_request_is_no_part_of_it(gateway: Gateway) -> None:
+    async with connected(gateway.port) as client:
+        for _ in range(3):
+            assert (await client.request("GET", "/health/live")).status == 200
+            await client.send(b"\r\n")
+        assert (await client.request("GET", "/health/live")).status == 200
+
+
 async def test_a_head_that_drips_is_not_waited_for(gateway: Gateway) -> None:
     async with connected(gateway.port) as client:
         began = time.monotonic()

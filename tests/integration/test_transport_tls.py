@@ -42,11 +42,14 @@ class Certificates:
 
     def server(self, name: str) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2  # some systems' own default is whatever OpenSSL still speaks
         context.load_cert_chain(self.folder / f"{name}.pem", self.folder / f"{name}.key")
         return context
 
     def client(self) -> ssl.SSLContext:
-        return ssl.create_default_context(cafile=str(self.folder / "ca.pem"))
+        context = ssl.create_default_context(cafile=str(self.folder / "ca.pem"))
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        return context
 
 
 def _openssl(folder: Path, *arguments: str) -> None:

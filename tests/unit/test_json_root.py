@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
+from collections.abc import Callable
+from time import process_time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from providers.json_root import NotAnObject, RootObject, depth_exceeds
+from providers.json_root import (
+    CHUNK_BYTES,
+    ROOT_MEMBERS_MAX,
+    NotAnObject,
+    RootObject,
+    depth_exceeds,
+    skipped,
+    value_end,
+)
+
+MIB = 1024 * 1024
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.text(max_size=8),
@@ -91,3 +104,98 @@ def test_depth_is_counted_exactly_at_the_bound(depth: int, exceeds: bool) -> Non
 
 def test_many_shallow_brackets_are_not_deep() -> None:
     assert not depth_exceeds(b"[" + b"{}," * 100_000 + b"{}]", 128)
+
+
+# -- Hostile bodies: linear work, small memory ------------------------------------------------------------------------
+
+
+def doubles(size: int) -> bytes:
+    """Many doubled members before a value of `size` bytes."""
+    return b"{" + b",".join(b'"a":%d' % at for at in range(900)) + b',"b":[' + b"1," * (size // 2) + b"1]}"
+
+
+def members(size: int) -> bytes:
+    return b"{" + b",".join(b'"%d":1' % at for at in range(size // 10)) + b"}"
+
+
+def escapes(size: int) -> bytes:
+    return b'{"a":"' + b"\\n" * (size // 2) + b'"}'
+
+
+def quotes(size: int) -> bytes:
+    return b'{"a":[' + b'"",  ' * (size // 5) + b"0]}"
+
+
+def brackets(size: int) -> bytes:
+    return b'{"a":[' + b"[]," * (size // 3) + b"0]}"
+
+
+def peak(act: Callable[[], object]) -> int:
+    """Bytes that `act` allocates at its highest."""
+    tracemalloc.start()
+    try:
+        act()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def read(body: bytes) -> None:
+    depth_exceeds(body, 2)
+    try:
+        RootObject(body)
+    except NotAnObject as error:
+        assert "members" in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize("make", [doubles, members, escapes, quotes, brackets])
+def test_a_hostile_body_takes_little_memory_and_time(make: Callable[[int], bytes]) -> None:
+    body = make(8 * MIB)
+    began = process_time()
+    read(body)
+    assert process_time() - began < 2  # quadratic or byte by byte it takes ten times as long
+    assert peak(lambda: read(body)) < 32 * MIB + 4 * CHUNK_BYTES
+
+
+@pytest.mark.parametrize("make", [doubles, escapes, quotes])
+def test_memory_does_not_grow_with_the_body(make: Callable[[int], bytes]) -> None:
+    small, large = make(MIB), make(8 * MIB)
+    assert peak(lambda: read(large)) < 2 * peak(lambda: read(small)) + MIB
+
+
+def test_members_are_bounded_doubles_included() -> None:
+    for names in (range(ROOT_MEMBERS_MAX + 1), [7] * (ROOT_MEMBERS_MAX + 1)):
+        parts = [b'"%d":0' % name for name in names]
+        assert RootObject(b"{" + b",".join(parts[1:]) + b"}").spans
+        with pytest.raises(NotAnObject, match="more than 1000 members"):
+            RootObject(b"{" + b",".join(parts) + b"}")
+    assert len(RootObject(b'{"a":1,"b":2}', 2).spans) == 2
+    with pytest.raises(NotAnObject):
+        RootObject(b'{"a":1,"b":2}', 1)
+
+
+@given(VALUES, st.sampled_from([b",", b" ,", b"\n}", b"}"]), st.booleans())
+def test_the_parser_and_the_skipper_find_the_same_end(value: object, after: bytes, ascii_only: bool) -> None:
+    raw = json.dumps(value, ensure_ascii=ascii_only).encode("utf-8", "replace")
+    body = b"[" + raw + after
+    assert value_end(body, memoryview(body), 1) == 1 + len(raw)
+    if raw[:1] in b'"[{':
+        assert skipped(body, 1) == 1 + len(raw)
+
+
+@pytest.mark.parametrize("shift", range(-3, 4))
+@pytest.mark.parametrize("tail", [b"\\\\", b'\\"', b'\\\\\\"', b"\xc3\xa9", b"]"])
+def test_what_falls_on_the_edge_of_a_chunk_is_read_right(shift: int, tail: bytes) -> None:
+    start = b'{"a":"'
+    body = start + b"x" * (CHUNK_BYTES - len(start) + shift) + tail + b'[[[","b":[[]]}'
+    assert not depth_exceeds(body, 3)
+    assert depth_exceeds(body, 2)
+    assert set(RootObject(body).spans) == {"a", "b"}
+    with pytest.raises(NotAnObject):
+        RootObject(body.replace(b"[[[", b"\xff"))
+
+
+@pytest.mark.parametrize("body", [b'{"\\q":1}', b'{"\\ud800":1}', b'{"a\n":1}', b'{"a":1', b'{"a" 1}', b"{,}"])
+def test_a_broken_member_is_refused(body: bytes) -> None:
+    with pytest.raises(NotAnObject):
+        RootObject(body)

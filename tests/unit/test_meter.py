@@ -212,3 +212,11 @@ def test_texts_beyond_the_bound_are_counted_as_one() -> None:
     assert meter.merged
     assert meter.counted() == TokenUsage(0, 0, 0, output=COUNTERS_MAX + 100, reasoning=50)
     assert len(meter._counters) == COUNTERS_MAX + 2
+
+
+def test_a_report_made_before_more_text_is_not_the_last_word() -> None:
+    meter = Meter(PRICE, 5, encoding("o200k_base"))
+    meter.report(TokenUsage(5, 0, 0, 0, 0))
+    meter.add(0, Channel.CONTENT, "four more tokens here")
+    usage, source = meter.final()
+    assert (usage.output, source) == (4, "counted")

@@ -277,3 +277,55 @@ def test_a_whole_answer_is_read_and_not_rewritten() -> None:
 @pytest.mark.parametrize("body", [b"<html>", b"[]", b"{}", b'{"error":{"message":"x"}}', b'{"choices":null}'])
 def test_what_is_no_answer_is_a_failure(body: bytes) -> None:
     assert isinstance(codec(stream=False).answer(body), ProviderFailure)
+
+
+def chunk_of(delta: str, more: str = "") -> bytes:
+    return f'data: {{"choices":[{{"index":0,"delta":{delta},"finish_reason":null}}]{more}}}\n\n'.encode()
+
+
+@pytest.mark.parametrize("count", ["1e999", "9" * 5000, '"\ud800"'])
+def test_usage_that_cannot_be_read_is_no_usage_and_the_stream_goes_on(count: str) -> None:
+    body = chunk_of(
+        '{"role":"assistant","content":"a"}',
+        f',"usage":{{"prompt_tokens":{count},"completion_tokens":1}}'.encode("utf-8", "surrogatepass").decode(
+            "latin-1"
+        ),
+    )
+    events = replay([body.decode().encode("latin-1", "replace"), b"data: [DONE]\n\n"])
+    assert isinstance(events[-1], Completed)
+    assert [event.usage.prompt for event in events if isinstance(event, UsageSeen)] in ([-1], [])
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"choices":[{"message":{"content":"a"},"logprobs":-1e999}]}', b'{"choices":[{"x":"\xff"}]}']
+)
+def test_a_whole_answer_that_cannot_be_read_is_garbage(body: bytes) -> None:
+    answer = codec(stream=False).answer(body)
+    assert isinstance(answer, ProviderFailure)
+    assert answer.kind == "garbage"
+
+
+def test_custom_tools_are_counted() -> None:
+    wire = chunk_of(
+        '{"role":"assistant","tool_calls":[{"index":0,"type":"custom","custom":{"name":"run","input":"ls"}}]}'
+    )
+    events = replay([wire, b"data: [DONE]\n\n"])
+    assert (texts(events, Channel.TOOL_NAME), texts(events, Channel.TOOL_ARGUMENTS)) == ("run", "ls")
+
+
+def test_an_audio_transcript_is_output_and_content() -> None:
+    wire = chunk_of('{"role":"assistant","audio":{"id":"a1","data":"AAAA","transcript":"hello"}}')
+    events = replay([wire, b"data: [DONE]\n\n"])
+    assert texts(events, Channel.CONTENT) == "hello"
+    assert [event.content for event in events if isinstance(event, Chunk)] == [True]
+
+
+def test_a_provider_cannot_speak_for_our_bill() -> None:
+    events = replay([chunk_of('{"role":"assistant","content":"a"}', ',"x_tollgate":{"charge":0}'), b"data: [DONE]\n\n"])
+    assert [list(each) for each in payloads(events)] == [["choices"]]
+
+
+def test_a_report_follows_the_chunk_it_came_with() -> None:
+    events = read("usage_everywhere")
+    kinds = [type(event).__name__ for event in events]
+    assert kinds == ["Chunk", "UsageSeen"] * 3 + ["Completed"]

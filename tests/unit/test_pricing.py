@@ -136,13 +136,45 @@ def test_a_free_output_is_covered_without_end() -> None:
         (TokenUsage(1, 2, 0, 1, 0), "cached and cache_write exceed prompt"),
         (TokenUsage(3, 2, 2, 1, 0), "cached and cache_write exceed prompt"),
         (TokenUsage(3, 0, 0, 1, 2), "reasoning exceeds output"),
-        (TokenUsage(3, 0, 0, 1, 0, audio_input=4), "audio_input exceeds prompt"),
-        (TokenUsage(3, 0, 0, 1, 0, audio_output=2), "audio_output exceeds output"),
+        (TokenUsage(3, 0, 0, 1, 0, audio_input=4), "cached, cache_write and audio_input exceed prompt"),
+        (TokenUsage(3, 0, 0, 1, 0, audio_output=2), "reasoning and audio_output exceed output"),
         (TokenUsage(True, 0, 0, 1, 0), "prompt is not an integer"),
         (TokenUsage(1.5, 0, 0, 1, 0), "prompt is not an integer"),  # type: ignore[arg-type]
         (TokenUsage(0, 0, 0, 0, 0), None),
-        (TokenUsage(2**31, 2**30, 2**30, 9, 9, 5, 9), None),
+        (TokenUsage(5, 2, 2, 1, 0, audio_input=2), "cached, cache_write and audio_input exceed prompt"),
+        (TokenUsage(5, 0, 0, 4, 3, audio_output=2), "reasoning and audio_output exceed output"),
+        (TokenUsage(2**31, 2**30, 2**30 - 5, 9, 4, 5, 5), None),
     ],
 )
 def test_absurd_reports_are_refused_with_a_reason(usage: TokenUsage, reason: str | None) -> None:
     assert sane(usage) == reason
+
+
+@given(price=prices(), usage=usages(), percent=st.integers(0, 2), more=st.integers(0, 64))
+def test_a_hold_prices_at_every_tier_that_the_prompt_may_reach(
+    price: CompiledPrice, usage: TokenUsage, percent: int, more: int
+) -> None:
+    reached = rates_for(price, usage.prompt + usage.prompt * percent // 100 + more)
+    tier = CompiledPrice(**{name: getattr(reached, name) for name in NAMES}, request=price.request)
+    assert hold_cost(price, usage.prompt, usage.output) >= hold_cost(tier, usage.prompt, usage.output)
+
+
+def test_a_hold_takes_the_next_tier_only_within_the_margin_and_the_dearest_of_those_below() -> None:
+    def priced(rate: int) -> CompiledPrice:
+        tier = TierRates(above=1084, **dict.fromkeys(NAMES, rate))
+        return CompiledPrice(**dict.fromkeys(NAMES, 2_000_000), tiers=(tier,))
+
+    assert hold_cost(priced(3_000_000), 1000, 0) == 2000  # 1000 x 1.02 + 64 is 1084, not above it
+    assert hold_cost(priced(3_000_000), 1001, 0) == 3003
+    assert hold_cost(priced(1_000_000), 2000, 0) == 4000
+
+
+@given(price=prices(), prompt=TOKENS, output=TOKENS, budget=st.integers(0, 10**12))
+def test_a_hold_with_audio_covers_audio_and_inverts_exactly(
+    price: CompiledPrice, prompt: int, output: int, budget: int
+) -> None:
+    spoken = TokenUsage(prompt, 0, 0, output, 0, audio_input=prompt, audio_output=output)
+    assert hold_cost(price, prompt, output, audio=True) >= cost(price, spoken)
+    covered = output_tokens_covered(price, budget, prompt, audio=True)
+    assert covered < 0 or hold_cost(price, prompt, covered, audio=True) <= budget
+    assert covered == TOKENS_MAX or hold_cost(price, prompt, covered + 1, audio=True) > budget

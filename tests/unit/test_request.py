@@ -120,3 +120,83 @@ def test_a_provider_that_knows_one_limit_field_gets_the_limit_there() -> None:
     request = read(max_completion_tokens=5)
     sent = json.loads(request.upstream_body("m", include_usage=False, output_limit=None, limit_field="max_tokens"))
     assert (sent["max_tokens"], sent["max_completion_tokens"]) == (5, 5)
+
+
+def sent(request: ChatRequest, model: str = "m", output: int | None = None, field: str | None = None) -> Any:
+    return json.loads(request.upstream_body(model, include_usage=False, output_limit=output, limit_field=field))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("limits", [(9, 5), (5, 9)])
+@pytest.mark.parametrize("field", [None, "max_tokens", "max_completion_tokens"])
+def test_two_limits_that_differ_are_sent_as_the_smaller(
+    stream: bool, limits: tuple[int, int], field: str | None
+) -> None:
+    fields = sent(read(stream=stream, max_tokens=limits[0], max_completion_tokens=limits[1]), field=field)
+    assert (fields["max_tokens"], fields["max_completion_tokens"]) == (5, 5)
+
+
+def test_a_limit_that_is_low_enough_stays_as_it_was_written() -> None:
+    request = read(max_tokens=5)
+    body = request.upstream_body("m", include_usage=False, output_limit=9, limit_field="max_tokens")
+    assert body is request.root.body
+    assert sent(read(max_tokens=12), output=9)["max_tokens"] == 9
+
+
+@pytest.mark.parametrize(
+    ("model", "field", "name"),
+    [
+        ("gpt-4o", None, "max_tokens"),
+        ("gpt-5-mini", None, "max_completion_tokens"),
+        ("openai/o3", None, "max_completion_tokens"),
+        ("gpt-5", "max_tokens", "max_tokens"),
+        ("gpt-4o", "max_completion_tokens", "max_completion_tokens"),
+        ("gpt-4", "max_tokens", "max_tokens"),
+    ],
+)
+def test_a_held_limit_is_added_in_the_field_that_the_model_takes(model: str, field: str | None, name: str) -> None:
+    fields = sent(read(model=model), model, 9_000, field)
+    assert fields == {"model": model, "messages": MESSAGES, name: 9_000}
+    assert sent(read(model=model, max_tokens=None), model, 9_000, field)[name] == 9_000
+
+
+@pytest.mark.parametrize(("model", "most"), [("gpt-3.5-turbo", 4096), ("gpt-4-turbo", 4096), ("gpt-4-0613", 8192)])
+def test_a_model_that_writes_no_more_than_was_held_gets_no_limit(model: str, most: int) -> None:
+    request = read(model=model)
+    assert request.upstream_body(model, include_usage=False, output_limit=most, limit_field=None) is request.root.body
+    assert sent(request, model, most - 1)["max_tokens"] == most - 1
+
+
+def test_root_members_are_bounded() -> None:
+    body = b'{"model":"m","messages":[{}],"a":1,"a":2}'
+    assert read_chat(body, Bounds(root_members_max=4)).model == "m"
+    with pytest.raises(InvalidBody):
+        read_chat(body, Bounds(root_members_max=3))
+
+
+def test_the_answers_format_is_read() -> None:
+    assert read(response_format={"type": "text"}).response_format == {"type": "text"}
+    assert read().response_format is None
+    with pytest.raises(InvalidValue):
+        read_chat(b'{"model":"m","messages":[{}],"response_format":1,"response_format":2}', Bounds())
+
+
+@pytest.mark.parametrize(
+    ("fields", "audio"),
+    [
+        ({}, False),
+        ({"audio": None, "modalities": ["text"]}, False),
+        ({"audio": {"voice": "x"}}, True),
+        ({"modalities": ["text", "audio"]}, True),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]}, True),
+        ({"messages": [{"role": "assistant", "audio": {"id": "a"}}]}, True),
+        ({"messages": [{"role": "user", "content": [{"type": [], "text": "input_audio"}, 5]}]}, False),
+    ],
+)
+def test_audio_is_seen_where_it_can_cost(fields: dict[str, Any], audio: bool) -> None:
+    assert read(**fields).audio is audio
+
+
+def test_sizes_are_those_of_the_values_as_sent() -> None:
+    request = read_chat(b'{"model" : "m", "messages":[{} ],"x":"\xc3\xa9"}', Bounds())
+    assert request.sizes() == {"model": 3, "messages": 5, "x": 4}

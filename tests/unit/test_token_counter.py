@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from metering.ranks import NAMES, encoding
 from metering.token_counter import (
     _LAST_BOUNDARY,
+    PIECE_CHARS_MAX,
     SCAN_CHARS,
     TAIL_CHARS_MAX,
     StreamCounter,
@@ -114,9 +115,11 @@ class CountingEncoder:
         self._encoding = encoding(name)
         self.calls = 0
         self.characters = 0
+        self.longest = 0
 
     def encode_ordinary(self, text: str) -> list[int]:
         self.calls += 1
+        self.longest = max(self.longest, len(text))
         self.characters += len(text)
         return self._encoding.encode_ordinary(text)
 
@@ -287,3 +290,25 @@ def test_bytes_bound_tokens_for_lone_surrogates_too() -> None:
 )
 def test_models_use_the_encoding_of_their_family(model: str, name: str) -> None:
     assert encoding_name(model) == name
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("run", [" ", "\t", "\n", "a", "=", "你", " \n"])
+def test_a_run_of_megabytes_is_counted_in_pieces_and_raises_nothing(name: str, run: str) -> None:
+    text, encoder = run * (2_000_000 // len(run)), CountingEncoder(name)
+    whole = count_text(encoder, text)
+    assert encoder.longest <= PIECE_CHARS_MAX
+    assert encoder.characters == len(text)
+    counter = StreamCounter(encoder)
+    counter.feed(text)
+    assert encoder.longest <= PIECE_CHARS_MAX
+    assert abs(counter.total() - whole) <= 4 * (len(text) // PIECE_CHARS_MAX + 1)
+    block = count_text(encoder, text[:PIECE_CHARS_MAX])
+    assert abs(whole - block * len(text) / PIECE_CHARS_MAX) <= 4 * (len(text) // PIECE_CHARS_MAX + 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_long_text_with_boundaries_is_counted_exactly(name: str) -> None:
+    text = "It's 12 o'clock; the HTTPServer answers:\n  {'a': [1, 2]}\n你好\uff0c世界。   \n" * 5_000
+    assert len(text) > 4 * PIECE_CHARS_MAX
+    assert count_text(encoding(name), text) == len(encoding(name).encode_ordinary(text))

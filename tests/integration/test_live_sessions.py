@@ -1,0 +1,91 @@
+"""The registry of running sessions: one that makes the tick fail does not take others with it; a drain misses nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from config.price import CompiledPrice
+from config.settings import Bounds, Metering
+from metering.keys import shard_of
+from metering.ledger import AccountRef, SessionRef
+from metering.meter import Meter
+from metering.ranks import encoding
+from metering.redis_ledger import RedisLedger
+from proxy.live_session import LiveSession
+from proxy.live_sessions import LiveSessions, boot_ms
+from proxy.session import Ending, Phase
+from storage.redis_client import RedisClient
+from tests.support.gateway import until
+from tests.support.redis_server import RedisServer
+
+FREE = CompiledPrice(input=0, cached_input=0, cache_write=0, output=0, reasoning=0, audio_input=0, audio_output=0)
+
+
+class Panic(BaseException):
+    """What a library in Rust raises when it panics: no Exception."""
+
+
+class PanickingMeter(Meter):
+    """A meter that met a text which its tokenizer cannot stand."""
+
+    def checkpoint(self) -> int:
+        raise Panic
+
+
+@pytest.fixture
+async def live(tmp_path: Path) -> AsyncIterator[LiveSessions]:
+    server = RedisServer(tmp_path)
+    server.start()
+    redis = RedisClient(server.url, call_ms=2000, connect_ms=2000, pending_max=100)
+    await redis.start()
+    ledger = RedisLedger(redis)
+    await ledger.start()
+    live = LiveSessions(ledger, Metering(progress_ms=100), Bounds())
+    live.start()
+    yield live
+    await live.drain(0.0)
+    await redis.aclose()
+    server.kill()
+
+
+def session(name: str, meter: Meter, *, lease_ms: int = 60_000) -> LiveSession:
+    account = AccountRef("acct", shard_of("acct"))
+    return LiveSession(
+        ref=SessionRef(name, account, "KEY", 1),
+        request_id=name,
+        route="r",
+        stream=True,
+        held=1,
+        hold_max=1,
+        slice_cost=1,
+        slice_low_cost=1,
+        fence_ms=boot_ms() + lease_ms,
+        phase=Phase.CONTENT,
+        meter=meter,
+        checkpoint_at=time.monotonic() - 1,
+    )
+
+
+async def test_a_session_that_makes_the_tick_fail_is_ended_and_the_others_are_ticked_on(live: LiveSessions) -> None:
+    bad = session("bad", PanickingMeter(FREE, 1, encoding("o200k_base")))
+    good = session("good", Meter(FREE, 1, encoding("o200k_base")), lease_ms=400)
+    live.add(bad)
+    live.add(good)
+    await until(lambda: bad.ending is Ending.INTERNAL, 5)
+    await until(lambda: good.ending is Ending.LEASE_LOST, 5)  # the fence is the tick's to watch
+    live.remove(bad)
+    live.remove(good)
+
+
+async def test_a_drain_waits_for_a_call_that_is_being_admitted(live: LiveSessions) -> None:
+    with live.admitting():
+        draining = asyncio.create_task(live.drain(30.0))
+        await until(lambda: live.draining, 5)
+        done, _ = await asyncio.wait({draining}, timeout=0.3)
+        assert not done
+    await asyncio.wait_for(draining, 5)

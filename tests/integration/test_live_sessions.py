@@ -41,7 +41,7 @@ class PanickingMeter(Meter):
 async def live(tmp_path: Path) -> AsyncIterator[LiveSessions]:
     server = RedisServer(tmp_path)
     server.start()
-    redis = RedisClient(server.url, call_ms=2000, connect_ms=2000, pending_max=100)
+    redis = RedisClient(server.url, call_ms=2000, connect_ms=2000, pending_max=10_000)
     await redis.start()
     ledger = RedisLedger(redis)
     await ledger.start()

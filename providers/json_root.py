@@ -17,7 +17,7 @@ import msgspec
 ROOT_MEMBERS_MAX = 1_000
 """Members of the root object, doubles included, unless the caller says otherwise."""
 
-CHUNK_BYTES = 256 * 1024
+CHUNK_BYTES = 64 * 1024
 """What is looked at in one piece where a pass over a body makes copies."""
 
 _skip = msgspec.json.Decoder(msgspec.Raw).decode

@@ -13,12 +13,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from config.settings import SHIPPED
+from config.settings import OPENAI, SHIPPED, Provider, Settings, read_secrets
 from gateway.health import BEHIND
+from gateway.openai_models import offered_routes
 from tests.support.gateway import CONFIG, ROOT, Gateway, free_port, running, until
 from tests.support.outages import frozen, ready, server_pids
+from tests.support.rawserver import RawServer, answers
 from tests.support.simulated_provider import Simulated
 from tests.support.strict_client import connected
 
@@ -167,3 +170,14 @@ async def test_probes_do_not_wait_for_a_store_and_ready_names_what_is_degraded(t
             return bool(found["status"] == "ok" and (word == "ok" or word.endswith(BEHIND)))
 
         await until(well)
+
+
+async def test_models_that_reason_unseen_are_waited_for() -> None:
+    names = ["gpt-4o-mini", "gpt-5", "gpt-5.1-mini", "gpt-6", "o1", "o3-mini", "omni-moderation-latest"]
+    body = msgspec.json.encode({"data": [{"id": name} for name in names]})
+    async with RawServer(answers(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))) as server:
+        provider = Provider(kind="openai", base_url=f"http://127.0.0.1:{server.port}/v1/", api_key_env="OPENAI_API_KEY")
+        settings = Settings(providers={OPENAI: provider})
+        routes = await offered_routes(settings, read_secrets(settings, {"OPENAI_API_KEY": KEY}))
+    assert list(routes) == names
+    assert [name for name, route in routes.items() if route.hidden_reasoning] == names[1:6]

@@ -1,4 +1,4 @@
-"""The registry of running sessions: one that makes the tick fail does not take others with it; a drain misses nobody."""
+"""The registry of running sessions: one that makes the tick fail does not take others with it; a drain waits."""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 import ssl
 import subprocess
 from dataclasses import dataclass
@@ -154,7 +156,9 @@ async def test_a_close_delimited_body_needs_the_close_of_tls(certificates: Certi
     ):
         exchange = transport.open(server.origin, post(server.origin))
         assert await exchange.read() == b"hello"
-        server.peers[0].writer.transport.abort()
+        number = server.peers[0].writer.get_extra_info("socket").fileno()
+        with socket.socket(fileno=os.dup(number)) as below_tls:
+            below_tls.shutdown(socket.SHUT_RDWR)
         with pytest.raises(UpstreamClosed):
             await exchange.read()
 

@@ -281,8 +281,10 @@ def test_what_never_enters_the_prompt_is_not_held_for_and_text_stays_exact() -> 
 
 
 def test_a_tools_rendering_is_held_for_where_it_is_the_larger() -> None:
-    estimate = sized(tools=[WEATHER])
+    tool = {"function": {"name": "f", "description": "a b c d e f g " * 100}}
+    estimate = sized(tools=[tool])
     assert estimate.hold == estimate.tokens
+    assert sized(tools=[WEATHER]).hold > sized(tools=[WEATHER]).tokens
 
 
 @pytest.mark.parametrize("text", ["word " * 500_000, "\u4f60" * 500_000, " " * 2**21], ids=["prose", "han", "blanks"])

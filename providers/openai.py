@@ -101,9 +101,6 @@ class OpenAICodec:
             return
         if name in _IGNORED_EVENTS:
             return
-        if b"\n" in payload:
-            # Sent as several data lines: in JSON such a line end is a space, in a frame of ours an end.
-            payload = payload.replace(b"\n", b" ")
         try:
             self._json_frame(name, payload, events)
         except UNREADABLE:
@@ -112,6 +109,9 @@ class OpenAICodec:
     def _json_frame(self, name: bytes, payload: bytes, events: list[Event]) -> None:
         """Raises one of UNREADABLE: members that are only skipped at first are checked when they are used."""
         chunk = self._read(payload)
+        if b"\n" in payload:
+            # Sent as several data lines: in JSON such a line end is a space, in a frame of ours an end.
+            payload = payload.replace(b"\n", b" ")
         if name == b"error" or (chunk is not None and chunk.error is not None):
             self._fail(events, failure_from_frame(payload))
         elif chunk is None:

@@ -117,7 +117,7 @@ class StrictClient:
         async with asyncio.timeout(seconds):
             try:
                 return await self.reader.read()
-            except ConnectionResetError:
+            except ConnectionError:
                 return b""
 
 

@@ -53,7 +53,8 @@ class SessionEnded(Exception):
 
 @dataclass(frozen=True, slots=True)
 class PreparedCall:
-    """A checked, priced and held request. `output_limit` is what credit left of the client's limit, or None."""
+    """A checked, priced and held request. `output_limit` is what the hold covers of each choice's output
+    where the call cannot be metered in flight, else None."""
 
     request: ChatRequest
     route: Route

@@ -17,6 +17,8 @@ import msgspec
 
 SHIPPED = Path(__file__).with_name("tollgate.toml")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}")
+CALL_MS_WITH_REPLICAS = 500
+"""A settlement's call holds a wait of 250 ms for a replica; a shorter bound would take that for silence."""
 
 
 class ConfigError(Exception):
@@ -39,6 +41,8 @@ class Bounds(_Table, frozen=True):
     """Every limit of the data plane (contract 5). Bytes, milliseconds, counts."""
 
     body_bytes_max: int = 32 * 1024 * 1024
+    bodies_bytes_max: int = 256 * 1024 * 1024
+    body_inline_bytes: int = 256 * 1024
     depth_max: int = 128
     root_members_max: int = 1_000
     frame_bytes_max: int = 1024 * 1024
@@ -90,6 +94,7 @@ class Redis(_Table, frozen=True):
     call_ms: int = 2_000
     connect_ms: int = 2_000
     pending_max: int = 50_000
+    replicas: int = 0
 
 
 class Embedded(_Table, frozen=True):
@@ -194,6 +199,22 @@ def with_openai(settings: Settings, environ: Mapping[str, str]) -> Settings:
     return msgspec.structs.replace(settings, providers={**settings.providers, OPENAI: provider})
 
 
+METRICS_LISTEN_ENV = "TOLLGATE_METRICS_LISTEN"
+
+
+def with_metrics_listen(settings: Settings, environ: Mapping[str, str]) -> Settings:
+    """The settings with the environment's TOLLGATE_METRICS_LISTEN, which wins over the file: in a container loopback is
+    of no use, whatever file is mounted. Raises ConfigError."""
+    named = environ.get(METRICS_LISTEN_ENV)
+    if not named:
+        return settings
+    try:
+        listen_address(named)
+    except ConfigError as error:
+        raise ConfigError(f"{METRICS_LISTEN_ENV}: {error}") from None
+    return msgspec.structs.replace(settings, server=msgspec.structs.replace(settings.server, metrics_listen=named))
+
+
 def load(path: Path) -> Settings:
     """Read and check one file. Raises ConfigError with the key and the fix."""
     try:
@@ -222,7 +243,7 @@ def _readable(message: str) -> str:
 
 
 def _check(settings: Settings, path: Path) -> None:
-    for table, least in ((settings.server, 0), (settings.bounds, 1), (settings.metering, 1)):
+    for table, least in ((settings.server, 0), (settings.bounds, 1), (settings.metering, 1), (settings.redis, 0)):
         for name in table.__struct_fields__:
             value = getattr(table, name)
             if isinstance(value, int) and value < least:
@@ -231,6 +252,10 @@ def _check(settings: Settings, path: Path) -> None:
         listen_address(settings.server.metrics_listen)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+    if settings.redis.replicas and settings.redis.call_ms < CALL_MS_WITH_REPLICAS:
+        raise ConfigError(f"{path}: redis.call_ms must be {CALL_MS_WITH_REPLICAS} or more with redis.replicas.")
+    if settings.bounds.bodies_bytes_max < settings.bounds.body_bytes_max:
+        raise ConfigError(f"{path}: bounds.bodies_bytes_max must not be smaller than bounds.body_bytes_max.")
     if settings.metering.fence_margin_ms >= settings.metering.lease_ms:
         raise ConfigError(f"{path}: metering.fence_margin_ms must be smaller than metering.lease_ms.")
     for name, route in settings.routes.items():

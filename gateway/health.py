@@ -17,6 +17,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from config.settings import Metering
+from metering.server_check import replicas_word
 from metering.status import STATUS_KEY, JournalReport, decode_report
 from proxy.live_sessions import LiveSessions
 from storage.database import FAILED, Connection, connect
@@ -49,6 +50,8 @@ class Health:
         self._metering = metering
         self.old_server: str | None = None
         """The Redis server's version when it is older than supported; it serves, degraded."""
+        self.replicas = 0
+        """Replicas that settlements count on; with 0 the server is not asked for any."""
         self._parts = {"redis": "unreachable", "postgres": "degraded: unreachable", "journal": "unknown"}
         self._connection: Connection | None = None
         self._jobs: dict[str, asyncio.Task[None]] = {}
@@ -97,8 +100,11 @@ class Health:
         try:
             epoch = await self._redis.call("HGET", "m:{v000}", "ep")
             raw = await self._redis.call("GET", STATUS_KEY)
+            if self.replicas:
+                self._parts["replicas"] = await replicas_word(self._redis, self.replicas)
         except RedisError:
             self._parts |= {"redis": "unreachable", "journal": "unknown"}
+            self._parts |= {"replicas": "unknown"} if self.replicas else {}
             return
         fit = "ok" if self.old_server is None else f"degraded: {self.old_server} is too old"
         redis = fit if epoch is not None else "frozen"

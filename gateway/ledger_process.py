@@ -18,6 +18,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from config import logs, run, settings
 from gateway.children import tell_ready, watch_parent
+from gateway.settling import open_settling
 from metering import grants
 from metering.journal import Alarm, Flusher
 from metering.ledger import Swept
@@ -60,7 +61,7 @@ def _swept(one: Swept) -> None:
 async def serve() -> None:
     """Run until SIGTERM or until the supervisor is gone; then flush what is there, within a bound."""
     this_run = run.read_run()
-    config = settings.load(Path(this_run.config_path))
+    config = settings.with_metrics_listen(settings.load(Path(this_run.config_path)), os.environ)
     logs.configure(config.server.log_level, "ledger")
     redis = RedisClient(
         this_run.redis_url,
@@ -69,7 +70,8 @@ async def serve() -> None:
         pending_max=config.redis.pending_max,
     )
     await redis.start()
-    ledger = RedisLedger(redis, lease_ms=config.metering.lease_ms)
+    settling = await open_settling(this_run.redis_url, config.redis)
+    ledger = RedisLedger(redis, lease_ms=config.metering.lease_ms, settling=settling)
     await ledger.start()
     flusher = Flusher(
         redis,
@@ -95,6 +97,8 @@ async def serve() -> None:
         job.cancel()
     await asyncio.wait(jobs)
     await flusher.aclose()
+    if settling is not None:
+        await settling.aclose()
     await redis.aclose()
 
 

@@ -22,6 +22,7 @@ from config.settings import Bounds, Secrets, Settings, is_loopback
 from gateway import errors
 from gateway.app import create_app
 from gateway.health import Health
+from gateway.settling import open_settling
 from metering.ranks import encoding
 from metering.redis_ledger import RedisLedger
 from metering.server_check import inspect
@@ -62,7 +63,10 @@ async def open_worker(run: Run, settings: Settings, secrets: Secrets, pepper: by
         )
         await redis.start()
         stack.push_async_callback(redis.aclose)
-        ledger = RedisLedger(redis, lease_ms=settings.metering.lease_ms)
+        settling = await open_settling(run.redis_url, settings.redis)
+        if settling is not None:
+            stack.push_async_callback(settling.aclose)
+        ledger = RedisLedger(redis, lease_ms=settings.metering.lease_ms, settling=settling)
         await ledger.start()
         lookup = PostgresKeys(run.database_url)
         stack.push_async_callback(lookup.aclose)
@@ -74,8 +78,10 @@ async def open_worker(run: Run, settings: Settings, secrets: Secrets, pepper: by
         live = LiveSessions(ledger, settings.metering, settings.bounds)
         live.start()
         plane = _plane(settings, routes, catalog.version, (ledger, live, keys, transport))
+        stack.push_async_callback(plane.aclose)
         health = Health(redis, run.database_url, live, settings.metering)
         health.old_server = (await inspect(redis)).old
+        health.replicas = settings.redis.replicas
         app = create_app(plane, health, with_metrics=is_loopback(run.host))
         yield Worker(app, live, settings.bounds)
 

@@ -26,8 +26,7 @@ async def inspect(redis: RedisClient) -> ServerReport:
     """Ask the server. Raises RedisUnavailable."""
     fields: dict[str, str] = {}
     for section in ("server", "memory", "persistence"):
-        text = (await redis.call("INFO", section)).decode("utf-8", "replace")
-        fields |= dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+        fields |= await _info(redis, section)
     faults = []
     policy = fields.get("maxmemory_policy", "unknown")
     if policy != "noeviction":
@@ -37,6 +36,36 @@ async def inspect(redis: RedisClient) -> ServerReport:
     if not await _knows_headers(redis):
         faults.append("it does not know #!lua script headers, so a refused script could write half: use Valkey 8")
     return ServerReport(tuple(faults), old_version(fields))
+
+
+async def replicas_word(redis: RedisClient, replicas: int) -> str:
+    """Readiness' word for the replicas: ok, unknown, or degraded and what keeps settlements from being on `replicas`.
+
+    Raises RedisUnavailable. INFO has `min_slaves_good_slaves` exactly when min-replicas-to-write is in force: it counts
+    the replicas that answered within min-replicas-max-lag.
+    """
+    try:
+        fields = await _info(redis, "replication")
+    except RedisReplyError:
+        return "unknown"
+    fault = _replica_fault(fields, replicas)
+    return "ok" if fault is None else f"degraded: {fault}"
+
+
+def _replica_fault(fields: dict[str, str], replicas: int) -> str | None:
+    role = fields.get("role", "unknown")
+    if role != "master":
+        return f"the server's role is {role}"
+    connected, good = fields.get("connected_slaves", "0"), fields.get("min_slaves_good_slaves")
+    following = min(int(connected), int(good or connected))
+    if following < replicas:
+        return f"{following} of {replicas} replicas follow"
+    return "min-replicas-to-write is not in force" if good is None else None
+
+
+async def _info(redis: RedisClient, section: str) -> dict[str, str]:
+    text = (await redis.call("INFO", section)).decode("utf-8", "replace")
+    return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
 
 
 async def _knows_headers(redis: RedisClient) -> bool:

@@ -1,4 +1,7 @@
-"""A private Valkey for one test, on a unix socket (and a loopback port if asked), that can be killed and frozen."""
+"""A private Valkey for one test, on a unix socket (and a loopback port if asked), that can be killed and frozen.
+
+With `primary` it is the replica of the server on that port.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,15 @@ BINARY = next((Path(_WHEEL.origin).parent / "_binaries").glob("*/valkey-server")
 class RedisServer:
     """Start with `start()`; the data folder survives `kill()` when `appendonly` is on."""
 
-    def __init__(self, folder: Path, *, port: int = 0, password: str | None = None, appendonly: bool = False) -> None:
+    def __init__(
+        self, folder: Path, *, port: int = 0, password: str | None = None, appendonly: bool = False, primary: int = 0
+    ) -> None:
         self.socket = folder / "v.sock"
         self._folder = folder
         self._port = port
         self._password = password
         self._appendonly = appendonly
+        self._primary = primary
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -36,13 +42,16 @@ class RedisServer:
         """Start and wait until it answers a PING."""
         command = [str(BINARY), "--port", str(self._port), "--bind", "127.0.0.1", "--unixsocket", str(self.socket)]
         command += ["--dir", str(self._folder), "--save", "", "--appendonly", "yes" if self._appendonly else "no"]
-        command += ["--maxmemory-policy", "noeviction", "--daemonize", "no"]
+        command += ["--maxmemory-policy", "noeviction", "--daemonize", "no", "--repl-diskless-sync-delay", "0"]
+        if self._primary:
+            command += ["--replicaof", f"127.0.0.1 {self._primary}"]
         if self._password:
             command += ["--requirepass", self._password]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while not self._answers():
-            assert time.monotonic() < deadline, "valkey-server did not answer within 10 s"
+            assert self._process.poll() is None, f"valkey-server ended with {self._process.returncode}"
+            assert time.monotonic() < deadline, "valkey-server did not answer within 30 s"
             time.sleep(0.005)
 
     def _answers(self) -> bool:
@@ -68,10 +77,3 @@ class RedisServer:
         self._process.wait()
         self._process = None
         self.socket.unlink(missing_ok=True)
-
-
-def free_port() -> int:
-    """A TCP port on loopback that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

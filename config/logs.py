@@ -6,9 +6,12 @@ the redactor is the second line of defence, not the first.
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
 import re
 import sys
+import time
 from collections.abc import Callable, MutableMapping
 from typing import Any
 
@@ -41,9 +44,71 @@ def _redact_event(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMa
     return event
 
 
+class Lines:
+    """The lines that come with every request, in the same form as all others but gathered and written by `flush()`,
+    which the owner calls every tick. A structlog line with its write costs 30 us of a request's 100, one of these 2.
+
+    Nothing is redacted here: the caller passes ids, configured names and numbers only.
+    """
+
+    PIECE_BYTES_MAX = 4_096
+    """A pipe takes so much in one piece (POSIX PIPE_BUF): lines of several processes must not tear each other."""
+    WAITING_MAX = 1_000
+    """Lines that wait at most; the next one writes them all."""
+
+    def __init__(self) -> None:
+        self.shown = True
+        self.process = ""
+        self._waiting: list[bytes] = []
+        self._second = -1
+        self._text = ""
+
+    def info(self, event: str, fields: dict[str, Any]) -> None:
+        """Take a line at level info. `fields` is used up."""
+        if not self.shown:
+            return
+        fields["event"] = event
+        fields["process"] = self.process
+        fields["level"] = "info"
+        fields["timestamp"] = self._now()
+        self._waiting.append(msgspec.json.encode(fields))
+        if len(self._waiting) >= self.WAITING_MAX:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits, whole lines in each piece."""
+        lines, self._waiting = self._waiting, []
+        piece = b""
+        for line in lines:
+            if len(piece) + len(line) >= self.PIECE_BYTES_MAX:
+                _write(piece)
+                piece = b""
+            piece += line + b"\n"
+        _write(piece)
+
+    def _now(self) -> str:
+        """UTC with microseconds, as `TimeStamper` writes it."""
+        second, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
+        if second != self._second:
+            self._second = second
+            self._text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+        return f"{self._text}.{nanoseconds // 1000:06d}Z"
+
+
+def _write(data: bytes) -> None:
+    while data:
+        data = data[os.write(2, data) :]
+
+
+lines = Lines()
+"""This process's; `configure` sets its level and name."""
+
+
 def configure(level: str, process: str) -> None:
     """Send everything to standard error as one JSON object per line, with `process` in each."""
     threshold = logging.getLevelNamesMapping()[level.upper()]
+    lines.process, lines.shown = process, threshold <= logging.INFO
+    atexit.register(lines.flush)
 
     def name_process(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         event["process"] = process

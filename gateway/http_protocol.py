@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 from typing import Any
+from urllib.parse import unquote
 
 import httptools
 import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway.errors import error_object
+from gateway.http_cycle import Cycle
 from proxy import telemetry
 from proxy.errors import InvalidBody
 from proxy.ids import request_id
@@ -40,6 +42,7 @@ class BoundedProtocol(HttpToolsProtocol):
     write_ms = 60_000
     _write_timer: asyncio.TimerHandle | None = None
     _timer: asyncio.TimerHandle | None = None
+    _running: Cycle | None = None
     _head_bytes = 0
     _head_due = True
     _unread_bytes = 0
@@ -89,6 +92,12 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop_timer()
         self._stop_write_timer()
         super().connection_lost(exc)
+        self._unset_keepalive_if_required()  # the one above it does so only after a proper end
+        running = self._running
+        if running is not None and not running.response_complete:
+            running.disconnected = True  # the one above it knows only the newest, which may wait behind this one
+            running.message_event.set()
+            running.gone()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -102,7 +111,6 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_begin()
         self._head_bytes = self._unread_bytes = 0
         self._head_due = True
-        self.scope["state"]["abort"] = self.transport.abort
         if self._timer is None:
             self._close_later()
 
@@ -113,7 +121,14 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         self._grow(len(name) + len(value))
         if self._head_due:
-            super().on_header(name, value)
+            name = name.lower()
+            if name == b"expect" and value.lower() == b"100-continue":
+                self.expect_100_continue = True
+            self.headers.append((name, value))
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def on_body(self, body: bytes) -> None:
         self._unread_bytes = 0
@@ -131,7 +146,37 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop_timer()
         self._head_due = False
         if not self.transport.is_closing():  # else a request behind the one that ended the connection
-            super().on_headers_complete()
+            self._begin()
+
+    def _begin(self) -> None:
+        """A request's head is whole: as in uvicorn, but with a cycle of ours."""
+        parser, scope, before = self.parser, self.scope, self.cycle
+        version, url = parser.get_http_version(), httptools.parse_url(self.url)
+        path = url.path.decode("ascii")
+        scope["method"] = parser.get_method().decode("ascii")
+        scope["http_version"] = version
+        scope["path"] = unquote(path) if "%" in path else path
+        scope["raw_path"] = url.path
+        scope["query_string"] = url.query or b""
+        self.cycle = cycle = Cycle(
+            scope=scope,
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=False,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=self.expect_100_continue,
+            keep_alive=version != "1.0" and parser.should_keep_alive(),
+            on_response=self.on_response_complete,
+        )
+        scope["state"]["connection"] = cycle
+        if before is None or before.response_complete:
+            self._start_asgi_task(cycle, self.app)
+        else:
+            self.flow.pause_reading()
+            self.pipeline.appendleft((cycle, self.app))
 
     def on_message_complete(self) -> None:
         self._unread_bytes = 0

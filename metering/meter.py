@@ -92,6 +92,8 @@ class Meter:
 
     def counted(self) -> TokenUsage:
         """Our own exact count of everything so far."""
+        if not self._counters:
+            return TokenUsage(self._prompt, 0, 0, 0, 0)
         return self._usage([counter.total() for counter in self._counters.values()])
 
     def counted_output(self) -> int:

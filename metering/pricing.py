@@ -6,7 +6,7 @@ Must not: count tokens, choose a price, or know whom it charges.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from config.price import CompiledPrice, Rates
 
@@ -18,8 +18,7 @@ REACH_PERCENT, REACH_TOKENS = 102, 64
 """How far beyond our count of a prompt the provider's may be: the tiers up to there price its hold."""
 
 
-@dataclass(frozen=True, slots=True)
-class TokenUsage:
+class TokenUsage(msgspec.Struct, frozen=True):
     """Tokens of one session. `cached`, `cache_write` and `audio_input` are parts of `prompt`; `reasoning` and
     `audio_output` are parts of `output`."""
 
@@ -43,8 +42,8 @@ def rates_for(price: CompiledPrice, prompt_tokens: int) -> Rates:
 
 def cost(price: CompiledPrice, usage: TokenUsage) -> int:
     """Micros for `usage`, rounded up once. What the parts leave of `prompt` and `output` is never below 0."""
-    rates = rates_for(price, usage.prompt)
-    return _micros(_prompt_raw(rates, usage) + _output_raw(rates, usage)) + price.request
+    rates = rates_for(price, usage.prompt) if price.tiers else price
+    return -(-(_prompt_raw(rates, usage) + _output_raw(rates, usage)) // MILLION) + price.request
 
 
 def hold_cost(price: CompiledPrice, prompt_tokens: int, output_tokens: int, *, audio: bool = False) -> int:
@@ -53,6 +52,11 @@ def hold_cost(price: CompiledPrice, prompt_tokens: int, output_tokens: int, *, a
     than our count may reach the next tier. For holds; never charged."""
     each_prompt, each_output = _worst(price, prompt_tokens, audio)
     return _micros(prompt_tokens * each_prompt + output_tokens * each_output) + price.request
+
+
+def output_cost(price: CompiledPrice, prompt_tokens: int, output_tokens: int, *, audio: bool = False) -> int:
+    """Micros that cover this many tokens of output beside a prompt that is held for. For slices; never charged."""
+    return _micros(output_tokens * _worst(price, prompt_tokens, audio)[1])
 
 
 def output_tokens_covered(price: CompiledPrice, budget_micros: int, prompt_tokens: int, *, audio: bool = False) -> int:
@@ -67,14 +71,11 @@ def output_tokens_covered(price: CompiledPrice, budget_micros: int, prompt_token
 
 def sane(usage: TokenUsage) -> str | None:
     """Why a provider's report is refused (and the local count used instead), or None when it can be charged."""
-    for name in ("prompt", "cached", "cache_write", "output", "reasoning", "audio_input", "audio_output"):
-        value = getattr(usage, name)
+    for name, value in zip(TokenUsage.__struct_fields__, msgspec.structs.astuple(usage), strict=True):
         if type(value) is not int:
             return f"{name} is not an integer"
-        if value < 0:
-            return f"{name} is negative"
-        if value > TOKENS_MAX:
-            return f"{name} is above {TOKENS_MAX}"
+        if not 0 <= value <= TOKENS_MAX:
+            return f"{name} is negative" if value < 0 else f"{name} is above {TOKENS_MAX}"
     if usage.cached + usage.cache_write > usage.prompt:
         return "cached and cache_write exceed prompt"
     if usage.cached + usage.cache_write + usage.audio_input > usage.prompt:
@@ -91,6 +92,8 @@ def _micros(raw: int) -> int:
 
 
 def _prompt_raw(rates: Rates, usage: TokenUsage) -> int:
+    if not (usage.cached or usage.cache_write or usage.audio_input):
+        return usage.prompt * rates.input
     plain = max(0, usage.prompt - usage.cached - usage.cache_write - usage.audio_input)
     return (
         plain * rates.input
@@ -101,12 +104,21 @@ def _prompt_raw(rates: Rates, usage: TokenUsage) -> int:
 
 
 def _output_raw(rates: Rates, usage: TokenUsage) -> int:
+    if not (usage.reasoning or usage.audio_output):
+        return usage.output * rates.output
     plain = max(0, usage.output - usage.reasoning - usage.audio_output)
     return plain * rates.output + usage.reasoning * rates.reasoning + usage.audio_output * rates.audio_output
 
 
 def _worst(price: CompiledPrice, prompt_tokens: int, audio: bool) -> tuple[int, int]:
     """The dearest rate of a prompt token and of an output token, in any tier that the prompt may turn out to reach."""
+    if not price.tiers and not audio:
+        prompt, other = price.input, price.cached_input
+        if other > prompt:
+            prompt = other
+        other = price.cache_write
+        output, reasoning = price.output, price.reasoning
+        return max(prompt, other), max(output, reasoning)
     reach = -(-prompt_tokens * REACH_PERCENT // 100) + REACH_TOKENS
     reached: list[Rates] = [price, *(tier for tier in price.tiers if tier.above < reach)]
     prompt = max(max(rates.input, rates.cached_input, rates.cache_write) for rates in reached)

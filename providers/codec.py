@@ -8,7 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 from providers.events import Event, ProviderFailure, ReportedUsage
+from providers.json_root import RootObject
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +30,7 @@ class Upstream:
         return f"Upstream({self.name!r})"
 
 
-@dataclass(frozen=True, slots=True)
-class ChatCall:
+class ChatCall(msgspec.Struct, frozen=True):
     """One chat completion to send: the client's body with its splices already decided.
 
     `body` is the upstream body; `model` the candidate's model; `choices` how many the client wants;
@@ -44,8 +46,7 @@ class ChatCall:
     frame_bytes_max: int = 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True)
-class UpstreamRequest:
+class UpstreamRequest(msgspec.Struct, frozen=True):
     """What to send: method, target (path and query) and headers without host and content-length."""
 
     method: bytes
@@ -54,14 +55,14 @@ class UpstreamRequest:
     body: bytes
 
 
-@dataclass(slots=True)
-class Answer:
-    """A whole non-stream answer: the body to forward, the usage in it, and the text per choice and channel."""
+class Answer(Protocol):
+    """A whole non-stream answer: the body to forward with its members' places, and the usage in it."""
 
-    body: bytes
+    root: RootObject
     usage: ReportedUsage | None
-    texts: list[tuple[int, int, int, str]]
-    choices: int
+
+    def texts(self) -> list[tuple[int, int, int, str]]:
+        """(choice, channel, tool, text) of every text in it, for counting where usage is missing."""
 
 
 class Codec(Protocol):

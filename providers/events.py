@@ -5,9 +5,11 @@ Must not: hold money, do I/O or know a provider. Token counts are the provider's
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal
+
+import msgspec
 
 
 class Channel(IntEnum):
@@ -20,8 +22,7 @@ class Channel(IntEnum):
     TOOL_ARGUMENTS = 4
 
 
-@dataclass(slots=True)
-class Delta:
+class Delta(msgspec.Struct):
     """A piece of output text: choice index, channel, tool index (0 outside tools), text."""
 
     choice: int
@@ -30,8 +31,7 @@ class Delta:
     text: str
 
 
-@dataclass(slots=True)
-class ReportedUsage:
+class ReportedUsage(msgspec.Struct):
     """Token counts as the provider reported them (its whole truth, unchecked), and the JSON object itself."""
 
     prompt: int | None
@@ -44,8 +44,7 @@ class ReportedUsage:
     raw: bytes = b"{}"
 
 
-@dataclass(slots=True)
-class Chunk:
+class Chunk(msgspec.Struct):
     """One chunk to forward: `payload` is the JSON of one `data:` frame.
 
     `content` says whether a client would call it content (a role-only chunk is not); `finished` are the choices
@@ -53,13 +52,12 @@ class Chunk:
     """
 
     payload: bytes
-    deltas: list[Delta] = field(default_factory=list)
+    deltas: list[Delta] = msgspec.field(default_factory=list)
     finished: tuple[int, ...] = ()
     content: bool = False
 
 
-@dataclass(slots=True)
-class UsageSeen:
+class UsageSeen(msgspec.Struct):
     """The provider reported usage. Later reports replace earlier ones; nothing is forwarded."""
 
     usage: ReportedUsage

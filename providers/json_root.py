@@ -1,7 +1,8 @@
 """The root object of a JSON body as byte spans, so that one member changes and every other byte stays.
 
-Must not: re-encode what it does not replace, look at a byte more than a few times, or keep a second copy of the body:
-the parser validates it once without building anything, then skips from member to member at C speed.
+Must not: re-encode what it does not replace, look at a byte more than a few times, or keep a second copy of a large
+body. The parser validates the body once; for a small one it also gives the members, each of which is then found in the
+body, exactly or not at all. A large one, or one with a doubled or an escaped name, is walked from member to member.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ CHUNK_BYTES = 64 * 1024
 """What is looked at in one piece where a pass over a body makes copies."""
 
 _skip = msgspec.json.Decoder(msgspec.Raw).decode
+_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _BLANK = rb"[ \t\r\n]*+"
 _OPEN = re.compile(_BLANK + rb"\{" + _BLANK)
+_START = re.compile(_BLANK)
 _COLON = re.compile(_BLANK + rb":" + _BLANK)
 _NEXT = re.compile(_BLANK + rb"([,}])" + _BLANK)
 _SCALAR = re.compile(rb"[^ \t\r\n,}]++")
@@ -46,7 +49,7 @@ class RootObject:
     def __init__(self, body: bytes, members_max: int = ROOT_MEMBERS_MAX) -> None:
         """Raises NotAnObject with the parser's reason."""
         try:
-            _skip(body)
+            members = _members(body) if len(body) <= CHUNK_BYTES else _skip(body)
             if not body.isascii():
                 _check_utf8(body)  # the parser skips over values without checking their UTF-8
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
@@ -55,10 +58,44 @@ class RootObject:
         self.duplicates: set[str] = set()
         self.spans: dict[str, tuple[int, int]] = {}
         opened = _OPEN.match(body)
-        if opened is None:  # a value of another kind, or a byte order mark or the like stands before it
+        if opened is None:  # a byte order mark or the like stands before it
             raise NotAnObject("the body does not start with {")
         self.first = opened.end()
-        self._walk(members_max)
+        if not isinstance(members, dict) or len(members) > members_max or not self._placed(members):
+            self.spans.clear()
+            self._walk(members_max)
+
+    def _placed(self, members: dict[str, msgspec.Raw]) -> bool:
+        """Find the parser's members in the body. False when they are not all of it, in this order, as they are written.
+
+        Exact: a whole value is never the beginning of another one (but for numbers, which need what follows them), so
+        a member that compares equal stands where it was found, and a doubled one leaves a member that nobody expects.
+        """
+        body, spans, at = self.body, self.spans, self.first
+        left = len(members)
+        for name, raw in members.items():
+            value, key = bytes(raw), b'"%b":' % name.encode()
+            start = at + len(key)
+            if not body.startswith(key, at):
+                colon = _COLON.match(body, start - 1) if body.startswith(key[:-1], at) else None
+                if colon is None:
+                    return False
+                start = colon.end()
+            elif not body.startswith(value, start):
+                start = _START.match(body, start).end()  # type: ignore[union-attr]  # matches also nothing
+            end = start + len(value)
+            left -= 1
+            if not body.startswith(value, start):
+                return False
+            spans[name] = start, end
+            if left and body.startswith(b',"', end):
+                at = end + 1
+            else:
+                after = _NEXT.match(body, end)
+                if after is None or (after[1] == b"}") != (left == 0):
+                    return False
+                at = after.end()
+        return bool(members) or body.startswith(b"}", at)
 
     def _walk(self, members_max: int) -> None:
         body, at = self.body, self.first

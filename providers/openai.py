@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from providers.codec import Answer, ChatCall, Upstream, UpstreamRequest
+from providers.codec import ChatCall, Upstream, UpstreamRequest
 from providers.events import Channel, Chunk, Completed, Delta, Event, Failed, ProviderFailure, ReportedUsage, UsageSeen
 from providers.json_root import NotAnObject, RootObject
 from providers.openai_errors import failure_from_frame, failure_from_status
@@ -208,28 +208,30 @@ class OpenAICodec:
         """What a status other than 2xx means."""
         return failure_from_status(status, headers, body)
 
-    def answer(self, body: bytes) -> Answer | ProviderFailure:
+    def answer(self, body: bytes) -> OpenAIAnswer | ProviderFailure:
         """Read a non-stream answer; an error object in a 200 is a failure."""
         try:
             return self._answer(body)
         except (NotAnObject, *UNREADABLE):
             return _garbage("The provider's answer cannot be read as JSON.")
 
-    def _answer(self, body: bytes) -> Answer | ProviderFailure:
+    def _answer(self, body: bytes) -> OpenAIAnswer | ProviderFailure:
         root = RootObject(body)
         error = root.raw("error")
         if error is not None and error != b"null":
             return failure_from_frame(body)
-        choices = decode_any(root.raw("choices") or b"null")
-        if not isinstance(choices, list):
+        choices = root.raw("choices") or b""
+        if not choices.startswith(b"["):
             return _garbage("The provider's answer has no choices.")
         reported: list[Event] = []
         self._usage(root.raw("usage"), reported)
         usage = next((event.usage for event in reported if isinstance(event, UsageSeen)), None)
+        if usage is None:
+            decode_any(choices)  # its text will be counted, so it must be readable
         rename = self._call.rename_to
         if rename is not None:
-            body = root.replaced({"model": msgspec.json.encode(rename)})
-        return Answer(body, usage, _texts(choices), len(choices))
+            root = RootObject(root.replaced({"model": msgspec.json.encode(rename)}))
+        return OpenAIAnswer(root, usage, choices)
 
     def finish_chunk(self, choice: int, reason: str) -> bytes:
         """The payload that ends `choice` on the provider's behalf."""
@@ -245,15 +247,26 @@ class OpenAICodec:
         return tuple(sorted(self._begun - self._finished))
 
 
-def _texts(choices: list[object]) -> list[tuple[int, int, int, str]]:
-    """(choice, channel, tool, text) of every text in a whole answer, for counting where usage is missing."""
-    found = []
-    for position, choice in enumerate(choices):
-        message = choice.get("message") if isinstance(choice, dict) else None
-        if isinstance(message, dict):
-            deltas = deltas_of(position, lenient_delta(message))
-            found += [(delta.choice, int(delta.channel), delta.tool, delta.text) for delta in deltas]
-    return found
+class OpenAIAnswer(msgspec.Struct):
+    """See `providers.codec.Answer`. `choices` is that member as sent: it is read only when its text is counted."""
+
+    root: RootObject
+    usage: ReportedUsage | None
+    choices: bytes
+
+    def texts(self) -> list[tuple[int, int, int, str]]:
+        """(choice, channel, tool, text) of every text, as far as it can be read."""
+        found: list[tuple[int, int, int, str]] = []
+        try:
+            choices = decode_any(self.choices)
+        except UNREADABLE:  # beside a usage that was not believed
+            return found
+        for position, choice in enumerate(choices):
+            message = choice.get("message") if isinstance(choice, dict) else None
+            if isinstance(message, dict):
+                deltas = deltas_of(position, lenient_delta(message))
+                found += [(delta.choice, int(delta.channel), delta.tool, delta.text) for delta in deltas]
+        return found
 
 
 def _truncated(message: str) -> ProviderFailure:

@@ -47,42 +47,43 @@ def usage_json(session: LiveSession, due: Bill, reply: Reply) -> bytes:
             usage.prompt + usage.output,
         )
     micros = charged(session, due, reply)
-    return _set(raw, {} if micros is None else {"cost": credits_text(micros).encode()})
+    if micros is None:
+        return raw
+    cost = credits_text(micros).encode()
+    if b'"cost"' not in raw and b"\\" not in raw:
+        return b'%b,"cost":%b}' % (raw[:-1].rstrip(), cost)  # not empty: it names a token count
+    return _set(RootObject(raw), {"cost": cost})
 
 
 def session_members(session: LiveSession, due: Bill, reply: Reply) -> bytes:
     """`,"x_tollgate":{...}` to put beside `usage`; without `balance` when the ledger's reply did not come in time."""
-    return b',"x_tollgate":' + msgspec.json.encode(_members(session, due, reply))
+    return b',"x_tollgate":' + _members(session, due, reply)
 
 
-def _members(session: LiveSession, due: Bill, reply: Reply) -> dict[str, object]:
-    members: dict[str, object] = {"session": session.id}
+def _members(session: LiveSession, due: Bill, reply: Reply) -> bytes:
+    """A JSON object. Session ids and amounts need no escapes."""
     micros = charged(session, due, reply)
-    if micros is not None:
-        members["charge"] = _number(micros)
-    if isinstance(reply, Settled):
-        members["balance"] = _number(reply.available)
-    members["provider"] = session.attempts[-1].provider if session.attempts else None
-    members["attempts"] = len(session.attempts)
-    return members
+    charge = "" if micros is None else f',"charge":{credits_text(micros)}'
+    balance = f',"balance":{credits_text(reply.available)}' if isinstance(reply, Settled) else ""
+    attempts = session.attempts
+    return b'{"session":"%b"%b,"provider":%b,"attempts":%d}' % (
+        session.id.encode(),
+        (charge + balance).encode(),
+        msgspec.json.encode(attempts[-1].provider if attempts else None),
+        len(attempts),
+    )
 
 
-def _number(micros: int) -> msgspec.Raw:
-    return msgspec.Raw(credits_text(micros).encode())
-
-
-def _set(body: bytes, changes: dict[str, bytes]) -> bytes:
-    """`body` with members of ours. One that the provider sent twice is written once: a reader may take the first."""
-    root = RootObject(body)
-    if root.duplicates & changes.keys():
-        root = RootObject(msgspec.json.encode(msgspec.json.decode(body, type=dict[str, msgspec.Raw])))
+def _set(root: RootObject, changes: dict[str, bytes]) -> bytes:
+    """The body with members of ours. One that the provider sent twice is written once: a reader may take the first."""
+    if root.duplicates and root.duplicates & changes.keys():
+        root = RootObject(msgspec.json.encode(msgspec.json.decode(root.body, type=dict[str, msgspec.Raw])))
     return root.replaced(changes)
 
 
-def billed_body(body: bytes, session: LiveSession, due: Bill, reply: Reply) -> bytes:
+def billed_body(root: RootObject, session: LiveSession, due: Bill, reply: Reply) -> bytes:
     """A whole answer with `usage.cost` and `x_tollgate` spliced in; every other byte stays the provider's."""
-    members = msgspec.json.encode(_members(session, due, reply))
-    return _set(body, {"usage": usage_json(session, due, reply), "x_tollgate": members})
+    return _set(root, {"usage": usage_json(session, due, reply), "x_tollgate": _members(session, due, reply)})
 
 
 def stream_headers(session: LiveSession) -> Headers:

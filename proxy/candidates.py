@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from config.catalog import Catalog, PricedCandidate, PricedRoute
 from config.price import CompiledPrice
 from config.settings import Provider, Secrets, Settings
-from metering.pricing import TokenUsage, cost, hold_cost
+from metering.pricing import TokenUsage, cost, hold_cost, output_cost
 from metering.token_counter import encoding_name
 from providers.codec import Upstream
 from proxy.http_request import Origin
@@ -41,9 +41,17 @@ class Route:
     rename_model: bool
     hidden_reasoning: bool
 
-    def hold_cost(self, prompt_tokens: int, output_tokens: int) -> int:
-        """Micros that cover these tokens at the dearest candidate."""
-        return max(hold_cost(each.price, prompt_tokens, output_tokens) for each in self.candidates)
+    def hold_cost(self, prompt_tokens: int, output_tokens: int, *, audio: bool) -> int:
+        """Micros that cover these tokens at the dearest candidate; `audio`: also where some are priced as audio."""
+        if len(self.candidates) == 1:
+            return hold_cost(self.candidates[0].price, prompt_tokens, output_tokens, audio=audio)
+        return max(hold_cost(each.price, prompt_tokens, output_tokens, audio=audio) for each in self.candidates)
+
+    def slice_cost(self, prompt_tokens: int, output_tokens: int, *, audio: bool) -> int:
+        """Micros that cover so much further output beside this prompt at the dearest candidate."""
+        if len(self.candidates) == 1:
+            return output_cost(self.candidates[0].price, prompt_tokens, output_tokens, audio=audio)
+        return max(output_cost(each.price, prompt_tokens, output_tokens, audio=audio) for each in self.candidates)
 
     def prompt_cost(self, prompt_tokens: int) -> int:
         """Micros of the prompt alone at the first candidate."""

@@ -24,11 +24,13 @@ _SSE = [
 class ClientStream:
     """One SSE response. `last_write` and `writing_since` are monotonic seconds, read by the registry's tick."""
 
-    __slots__ = ("_headers", "_send", "ended", "last_write", "started", "writing_since")
+    __slots__ = ("_headers", "_send", "_write_now", "ended", "last_write", "started", "writing_since")
 
-    def __init__(self, send: Send, headers: Callable[[], Headers]) -> None:
-        """`headers` is asked once, when the response starts."""
+    def __init__(self, send: Send, write_now: Callable[[bytes], bool], headers: Callable[[], Headers]) -> None:
+        """`write_now` sends a piece of the body at once, or answers False; `headers` is asked once, when the response
+        starts."""
         self._send = send
+        self._write_now = write_now
         self._headers = headers
         self.started = False
         self.ended = False
@@ -38,6 +40,15 @@ class ClientStream:
     async def payloads(self, payloads: Sequence[bytes]) -> None:
         """Forward JSON payloads as one write of `data:` frames."""
         await self._write(b"data: " + b"\n\ndata: ".join(payloads) + b"\n\n")
+
+    def written(self, payloads: Sequence[bytes]) -> bool:
+        """`payloads` without a coroutine. False, with nothing sent, when that must wait or nothing was sent before."""
+        if not self.started or self.writing_since is not None or self.ended:
+            return False
+        if not self._write_now(b"data: " + b"\n\ndata: ".join(payloads) + b"\n\n"):
+            return False
+        self.last_write = monotonic()
+        return True
 
     async def commit(self) -> None:
         """Start the response before there is content, with a comment at once so that proxies see bytes."""

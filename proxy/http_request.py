@@ -68,7 +68,7 @@ def build_request(
     lines = [b"%b %b HTTP/1.1\r\n" % (method, target)]
     lines += [b"%b: %b\r\n" % pair for pair in headers]
     head = b"".join(lines)
-    if not _HEAD.fullmatch(head) or head.count(b"\n") != len(lines):
+    if not _HEAD.fullmatch(head) or head.count(b"\n") != len(lines) or any(b":" in name for name, _ in headers):
         raise ValueError("the method, the target or a header is not allowed in an upstream request")
     if body or method in _WITH_BODY:
         return b"%bhost: %b\r\ncontent-length: %d\r\n\r\n%b" % (head, origin.authority, len(body), body)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import AsyncIterator, Iterator
 
+import msgspec
 import pytest
 
 from metering.ledger import Balance, Gone, GrantRefused, GrantRequest, Progressed, SessionRef, Settled
@@ -65,8 +66,8 @@ async def test_progress_of_a_session_that_is_not_the_callers(stand: Stand) -> No
     await stand.grant("g", 100)
     ref = await stand.hold("s1", 10)
     before = await stand.state()
-    assert await stand.ledger.progress(dataclasses.replace(ref, fence=1), 1, 1, 90) == Gone("fenced")
-    assert await stand.ledger.progress(dataclasses.replace(ref, session="s2"), 1, 1, 90) == Gone("unknown")
+    assert await stand.ledger.progress(msgspec.structs.replace(ref, fence=1), 1, 1, 90) == Gone("fenced")
+    assert await stand.ledger.progress(msgspec.structs.replace(ref, session="s2"), 1, 1, 90) == Gone("unknown")
     assert await stand.state() == before
     await stand.ledger.settle(ref, 7, "completed")
     assert await stand.ledger.progress(ref, 1, 1, 90) == Gone("final", 7)
@@ -129,7 +130,7 @@ async def test_settling_without_metadata_keeps_that_of_the_reserve(stand: Stand)
 async def test_another_owners_fence_settles_nothing(stand: Stand) -> None:
     await stand.grant("g", 100)
     ref = await stand.hold("s1", 60)
-    thief = dataclasses.replace(ref, fence=ref.fence + 1)
+    thief = msgspec.structs.replace(ref, fence=ref.fence + 1)
     before = await stand.state()
     assert await stand.ledger.settle(thief, 1, "completed") == Gone("fenced")
     assert await stand.ledger.void(thief) == Gone("fenced")
@@ -225,9 +226,9 @@ async def test_voiding_without_a_fence_is_for_a_reserve_whose_answer_was_lost(st
     await stand.grant("g", 100)
     ref = await stand.hold("s1", 60)
     await stand.ledger.progress(ref, 1, 5, 60)
-    nameless = dataclasses.replace(ref, fence=0)
+    nameless = msgspec.structs.replace(ref, fence=0)
     assert await stand.ledger.void(nameless) == Gone("fenced")
-    other = dataclasses.replace(await stand.hold("s2", 10), fence=0)
+    other = msgspec.structs.replace(await stand.hold("s2", 10), fence=0)
     assert await stand.ledger.void(other) == Settled(0, 0, 40, 2)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -39,10 +40,17 @@ try:
 except ValueError:
     structlog.get_logger().exception("failed")
 structlog.get_logger().debug("not shown")
+for number in range(100):
+    logs.lines.info("gathered", {{"number": number, "pad": "x" * 60}})
+logs.lines.flush()
+logs.lines.info("at exit", {{}})
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     lines = [json.loads(line) for line in done.stderr.splitlines()]
-    assert [line["event"] for line in lines] == ["ours", "theirs [redacted]", "failed"]
+    assert [line["event"] for line in lines] == ["ours", "theirs [redacted]", "failed", *["gathered"] * 100, "at exit"]
+    assert [line["number"] for line in lines if "number" in line] == list(range(100))
+    assert re.fullmatch(r"[0-9-]{10}T[0-9:]{8}\.[0-9]{6}Z", lines[-1]["timestamp"])
+    assert lines[-1].keys() == {"event", "process", "level", "timestamp"}
     assert {line["process"] for line in lines} == {"worker"}
     assert {"level", "timestamp"} <= set(lines[0])
     assert KEY not in done.stderr

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from providers.codec import Answer, ChatCall, Upstream
+from providers.codec import ChatCall, Upstream
 from providers.events import Channel, Chunk, Completed, Event, Failed, ProviderFailure, UsageSeen
-from providers.openai import OpenAICodec
+from providers.openai import OpenAIAnswer, OpenAICodec
 
 TRANSCRIPTS = Path(__file__).parent.parent / "transcripts" / "openai"
 NAMES = sorted(path.stem for path in TRANSCRIPTS.glob("*.sse"))
@@ -267,11 +267,11 @@ def test_a_whole_answer_is_read_and_not_rewritten() -> None:
     body = b'{"id":"x","choices":[{"index":0,"message":{"role":"assistant","content":"hi"}}],'
     body += b'"usage":{"prompt_tokens":1,"completion_tokens":2}, "zz":1.50}'
     answer = codec(stream=False).answer(body)
-    assert isinstance(answer, Answer)
-    assert answer.body is body
+    assert isinstance(answer, OpenAIAnswer)
+    assert answer.root.body is body
     assert answer.usage is not None
     assert answer.usage.output == 2
-    assert answer.texts == [(0, int(Channel.CONTENT), 0, "hi")]
+    assert answer.texts() == [(0, int(Channel.CONTENT), 0, "hi")]
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"[]", b"{}", b'{"error":{"message":"x"}}', b'{"choices":null}'])

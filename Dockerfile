@@ -4,6 +4,7 @@
 #   docker run --read-only --tmpfs /tmp -p 8080:8080 -e REDIS_URL -e DATABASE_URL -e TOLLGATE_SECRET tollgate
 #
 # The root file system may be read-only: everything written goes to /tmp (a tmpfs; the run file, sockets, metrics of the processes).
+# /metrics is on the container's own loopback unless TOLLGATE_METRICS_LISTEN names another address (0.0.0.0:9464, as in compose.yaml).
 # Settings: mount a file and name it in TOLLGATE_CONFIG. Secrets come from the environment at run time and are never built in.
 
 FROM python:3.13-slim-trixie AS build

@@ -27,6 +27,8 @@ format: $(VENV)/.installed  ## put the code into its form
 	@$(BIN)/ruff check --fix -q . && $(BIN)/ruff format -q .
 
 include make/real.mk
+include make/bench.mk
+include make/load.mk
 
 clean:  ## remove .venv and caches (data folders stay)
 	rm -rf $(VENV) .venv-real .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis *.egg-info

@@ -20,6 +20,14 @@ MODELS_MAX = 2_000
 _REASONING = re.compile(r"(?:o[1-9]|gpt-[56]).*")
 """Model families that think before their first token, and do not show it."""
 
+_NO_CHAT = re.compile(
+    r"(?:^|-)(?:babbage|codex|computer-use|curie|dall-e|davinci|deep-research|embedding|image|instruct|live"
+    r"|moderation|pro|realtime|similarity|sora|text|transcribe|translate|tts|whisper)(?:-|$)|^ada$"
+)
+"""Words in the names of models that /v1/chat/completions does not serve: neither OpenAI's list nor the price table
+tells a model's kind. Other tasks (embeddings, images, speech, moderation), other APIs (realtime, legacy completions),
+and the models that only the Responses API has (codex, computer-use, deep-research, pro)."""
+
 log = structlog.get_logger()
 
 
@@ -32,7 +40,7 @@ class _Models(msgspec.Struct):
 
 
 async def offered_routes(settings: Settings, secrets: Secrets) -> dict[str, Route]:
-    """A route for every model that the provider `openai` lists; empty without that provider or its key."""
+    """A route for every chat model that the provider `openai` lists; empty without that provider or its key."""
     provider, key = settings.providers.get(OPENAI), secrets.provider_keys.get(OPENAI)
     if provider is None or key is None:
         return {}
@@ -49,7 +57,12 @@ async def offered_routes(settings: Settings, secrets: Secrets) -> dict[str, Rout
         )
         return {}
     names = sorted(model.id for model in listed if 0 < len(model.id) <= 128 and model.id.isprintable())
-    return {name: _route(name) for name in names}
+    return {name: _route(name) for name in names if _chats(name)}
+
+
+def _chats(model: str) -> bool:
+    """Whether /v1/chat/completions serves the model, by its name; of a fine-tune (`ft:base:...`) by its base."""
+    return _NO_CHAT.search(model.removeprefix("ft:").partition(":")[0]) is None
 
 
 def _route(model: str) -> Route:

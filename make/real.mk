@@ -38,3 +38,4 @@ lock: ## write the lock files anew (LOCK_ARGS=--upgrade for newer versions)
 	  pyproject.toml requirements.in requirements-dev.in
 	$(LOCK) --output-file requirements-real-build.lock requirements-real-build.in
 	$(LOCK) --output-file requirements-real.lock requirements-real.in
+	$(LOCK) --output-file requirements-bench.lock requirements-bench.in

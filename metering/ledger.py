@@ -8,31 +8,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
+
 MICROS_MAX = 2**53 - 1
 """Largest amount that Lua's doubles and Redis hold exactly."""
 
 
-@dataclass(frozen=True, slots=True)
-class AccountRef:
+class AccountRef(msgspec.Struct, frozen=True):
     """Who pays: minted id (``[A-Za-z0-9_-]{1,64}``) and its fixed virtual shard (0..127)."""
 
     id: str
     shard: int
 
 
-@dataclass(frozen=True, slots=True)
-class KeyLimits:
+class KeyLimits(msgspec.Struct, frozen=True):
     """A key's limits as reserve enforces them; None means none."""
 
     requests_per_minute: int | None = None
     parallel_sessions: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class HoldRequest:
+class HoldRequest(msgspec.Struct, frozen=True):
     """One reserve. `want` is held when credit allows, less is accepted down to `minimum`.
 
     `prompt_cost` is stored with the session; `metadata` (JSON bytes, at most 4 KiB) describes it for a sweep.
+    `idempotency` is the SHA-256 (hex) of the client's idempotency key, '' without one; `past` names the void session
+    from which this one may take that key over.
     """
 
     session: str
@@ -46,10 +47,11 @@ class HoldRequest:
     price_version: str
     metadata: bytes
     limits: KeyLimits = KeyLimits()
+    idempotency: str = ""
+    past: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class SessionRef:
+class SessionRef(msgspec.Struct, frozen=True):
     """A held session as its owner names it; `fence` is what reserve answered."""
 
     session: str
@@ -63,8 +65,7 @@ RefusalReason = Literal[
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
+class Held(msgspec.Struct, frozen=True):
     """Reserve succeeded (or had succeeded before, with the same arguments)."""
 
     held: int
@@ -74,8 +75,7 @@ class Held:
     repeated: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Refused:
+class Refused(msgspec.Struct, frozen=True):
     """Reserve stored nothing. `available` and `held` are the account's; `retry_after_ms` 0 when waiting is useless."""
 
     reason: RefusalReason
@@ -84,8 +84,14 @@ class Refused:
     retry_after_ms: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Progressed:
+class Repeated(msgspec.Struct, frozen=True):
+    """Reserve stored nothing: the account's idempotency key belongs to `session`, with the same body or another."""
+
+    session: str
+    same_body: bool
+
+
+class Progressed(msgspec.Struct, frozen=True):
     """The checkpoint counts, the lease is renewed; `held` is the hold now (it may be less than wanted)."""
 
     held: int
@@ -94,16 +100,14 @@ class Progressed:
     """False for a checkpoint older than the last one: nothing changed, and the lease was not renewed by this call."""
 
 
-@dataclass(frozen=True, slots=True)
-class Gone:
+class Gone(msgspec.Struct, frozen=True):
     """The session is no longer the caller's: swept, settled or unknown. Nothing may be written to the client."""
 
     state: Literal["final", "fenced", "unknown"]
     charged: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Settled:
+class Settled(msgspec.Struct, frozen=True):
     """The terminal entry. Repeating the call answers the same `charged` with `repeated`."""
 
     charged: int
@@ -114,6 +118,14 @@ class Settled:
 
 
 Outcome = Literal["completed", "aborted", "cut", "error", "void", "swept"]
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """A session as Redis still knows it, for a day after its end: its outcome, None while it runs, and its charge."""
+
+    outcome: Outcome | None
+    charged: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ Must not: talk to Redis. A reply whose first word nobody expects is a LedgerErro
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from metering.ledger import (
     Balance,
@@ -13,6 +13,8 @@ from metering.ledger import (
     GrantState,
     LedgerError,
     LedgerUnavailable,
+    Outcome,
+    Past,
     RefusalReason,
     SessionState,
     Settled,
@@ -62,6 +64,18 @@ def ended(script: Script, reply: list[Any], *, swept_is_gone: bool) -> Settled |
     if code == b"SETTLED" or (code == b"FINAL" and not (swept_is_gone and reply[5] == b"swept")):
         return Settled(int(reply[1]), int(reply[2]), int(reply[3]), int(reply[4]), code == b"FINAL")
     return gone(script, reply)
+
+
+def read_past(row: list[bytes | None], uid: str) -> Past | None:
+    """`row` is a session's st, o, c and u. A tombstone stands for a session that never was."""
+    state, outcome, charged, owner = row
+    if owner != uid.encode():
+        return None
+    if state == b"H":
+        return Past(None)
+    if outcome is None or charged is None:
+        raise LedgerError("an ended session has no outcome")
+    return Past(cast("Outcome", outcome.decode()), int(charged))
 
 
 def read_snapshot(reply: list[Any]) -> Snapshot:

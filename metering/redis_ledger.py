@@ -27,8 +27,10 @@ from metering.ledger import (
     LedgerFrozen,
     LedgerUnavailable,
     Outcome,
+    Past,
     Progressed,
     Refused,
+    Repeated,
     SessionRef,
     Settled,
     Snapshot,
@@ -43,8 +45,8 @@ T = TypeVar("T")
 SNAPSHOT_TRIES = 5
 RETRY_FIRST_S = 0.05
 
-_RESERVE_KEYS = "meta account order grants session leases limits"
-_RESERVE_ARGS = "ep uid sid kid owner body price metadata want minimum prompt lease rpm parallel"
+_RESERVE_KEYS = "meta account order grants session leases limits idempotency"
+_RESERVE_ARGS = "ep uid sid kid owner body price metadata want minimum prompt lease rpm parallel past"
 _PROGRESS_KEYS = "meta account order grants session leases"
 _PROGRESS_ARGS = "ep uid sid fence q metered want lease"
 _FINISH_KEYS = "meta account order grants session leases limits outbox"
@@ -56,7 +58,8 @@ _SWEEP_ARGS = "ep uid sid kid"
 class RedisLedger:
     """One process's ledger. `lease_ms` is what reserve and progress ask for.
 
-    settle and void repeat themselves while Redis gives no answer, at most `tries` times within `budget_ms`.
+    settle and void repeat themselves while Redis gives no answer, at most `tries` times within `budget_ms`. They and
+    the sweep go through `settling` where one is given: the client whose answers wait for a replica.
     """
 
     def __init__(
@@ -67,8 +70,10 @@ class RedisLedger:
         tries: int = 4,
         budget_ms: int = 10_000,
         loaded: dict[str, Script] | None = None,
+        settling: Caller | None = None,
     ) -> None:
         self._client = client
+        self._settling = settling or client
         self._lease_ms = lease_ms
         self._tries = tries
         self._budget_s = budget_ms / 1000
@@ -104,14 +109,14 @@ class RedisLedger:
 
     # --- the hot verbs
 
-    async def reserve(self, request: HoldRequest) -> Held | Refused:
+    async def reserve(self, request: HoldRequest) -> Held | Refused | Repeated:
         """Hold credit and admit the session under its key's limits. Raises LedgerUnavailable (outcome unknown:
         repeat with the same request, or `void`), LedgerFrozen, LedgerError."""
         uid, sid, kid, limits = request.account.id, request.session, request.key, request.limits
         shard = SHARDS[request.account.shard]
         rpm, parallel = limits.requests_per_minute, limits.parallel_sessions
         words: tuple[Word, ...] = (
-            7,
+            8,
             shard.meta,
             shard.account + uid,
             shard.order + uid,
@@ -119,6 +124,8 @@ class RedisLedger:
             shard.session + sid,
             shard.leases,
             shard.limits + kid,
+            # Without one the bare prefix: a key of this shard like the others, so that a cluster takes the call.
+            f"{shard.idempotency}{uid}:{request.idempotency}" if request.idempotency else shard.idempotency,
             self._epochs[shard.number] or await self._epoch(shard.number),
             uid,
             sid,
@@ -133,6 +140,7 @@ class RedisLedger:
             self._lease_ms,
             "" if rpm is None else rpm,
             "" if parallel is None else parallel,
+            request.past,
         )
         reply = await self._run(self._reserve, words)
         code = reply[0]
@@ -140,6 +148,8 @@ class RedisLedger:
             return Held(int(reply[1]), int(reply[2]), int(reply[3]), int(reply[4]), code == b"EXISTS")
         if code == b"BOUNDS":
             return Refused("bounds", 0, 0)
+        if code == b"REPEATED":
+            return Repeated(reply[1].decode(), reply[2] == b"same")
         return Refused(REFUSALS[code], int(reply[1]), int(reply[2]), int(reply[3]))
 
     async def progress(self, ref: SessionRef, seq: int, metered: int, want_hold: int) -> Progressed | Gone:
@@ -219,7 +229,7 @@ class RedisLedger:
         return [one for one in swept if isinstance(one, Swept)]
 
     async def _sweep_one(self, epoch: bytes, ref: SessionRef) -> Swept | None:
-        reply = await self._run(self._sweep, _finish_words(epoch, ref))
+        reply = await self._run(self._sweep, _finish_words(epoch, ref), self._settling)
         if reply[0] in (b"NOTDUE", b"FINAL", b"UNKNOWN"):
             return None  # renewed or ended since it was listed
         if reply[0] != b"SETTLED":
@@ -270,6 +280,12 @@ class RedisLedger:
             raise LedgerFrozen(f"shard {shard.number} is frozen")
         return Balance(*(int(value or 0) for value in row))
 
+    async def past(self, account: AccountRef, session: str) -> Past | None:
+        """What became of a session of the account; None when Redis does not know it. Raises LedgerUnavailable."""
+        name = SHARDS[account.shard].session + session
+        row = await _answered(self._client.call("HMGET", name, "st", "o", "c", "u"))
+        return ledger_replies.read_past(row, account.id)
+
     async def snapshot(self, account: AccountRef) -> Snapshot:
         """The account with all its grants and open sessions at one instant, for the audit.
 
@@ -316,9 +332,17 @@ class RedisLedger:
         self._epochs[number] = epoch
         return epoch
 
-    async def _run(self, script: Script, words: list[Word] | tuple[Word, ...]) -> list[Any]:
+    async def _run(
+        self, script: Script, words: list[Word] | tuple[Word, ...], client: Caller | None = None
+    ) -> list[Any]:
+        client = client or self._client
         try:
-            reply: list[Any] = await scripts.run(self._client, script, words)
+            try:
+                reply: list[Any] = await client.call("EVALSHA", script.sha, *words)
+            except RedisReplyError as error:
+                if error.code != "NOSCRIPT":  # as `scripts.run`, without its frame: this is on every call's way
+                    raise
+                reply = await client.call("EVAL", script.text, *words)
         except RedisReplyError as error:
             raise ledger_replies.translated(error) from error
         except RedisUnavailable as error:
@@ -333,7 +357,7 @@ class RedisLedger:
         pause_s = RETRY_FIRST_S
         for left in range(self._tries - 1, -1, -1):
             try:
-                return await self._run(script, words)
+                return await self._run(script, words, self._settling)
             except LedgerFrozen:
                 raise
             except LedgerUnavailable:

@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 BATCH: Final = 100
 """Sessions of one shard per call; a pass repeats the call while batches come back full."""
 REPEATS_MAX: Final = 20
+NAMED_MAX: Final = 8
+"""Shards that a log line names; of more it tells the number."""
 
 
 class SweepingLedger(Protocol):
@@ -56,10 +58,14 @@ class Sweeper:
             await asyncio.sleep(max(0.0, began + self._every_s - loop.time()))
 
     async def sweep_once(self) -> int:
-        """One pass over all shards: how many sessions were swept by this call. A failing shard is logged once."""
-        return sum(await asyncio.gather(*(self._sweep(shard) for shard in self._shards)))
+        """One pass over all shards: how many sessions were swept by this call. What fails, or does so no longer, is
+        logged once, however many shards it concerns."""
+        errors: dict[int, LedgerError] = {}
+        swept = sum(await asyncio.gather(*(self._sweep(shard, errors) for shard in self._shards)))
+        self._tell(errors)
+        return swept
 
-    async def _sweep(self, shard: int) -> int:
+    async def _sweep(self, shard: int, errors: dict[int, LedgerError]) -> int:
         count = 0
         try:
             for _ in range(REPEATS_MAX):
@@ -70,10 +76,8 @@ class Sweeper:
                 if len(batch) < BATCH:
                     break
         except LedgerError as error:
-            self._fail(shard, error)
-        else:
-            if self._failing.pop(shard, None) is not None:
-                log.warning("sweeper: shard %d is swept again", shard)
+            self.failures += 1
+            errors[shard] = error
         return count
 
     def _record(self, one: Swept) -> None:
@@ -81,9 +85,21 @@ class Sweeper:
         log.info("sweeper: session %s of %s: charged %d micros", one.session, one.account.id, one.charged)
         self._on_swept(one)
 
-    def _fail(self, shard: int, error: LedgerError) -> None:
-        self.failures += 1
-        kind = type(error).__name__
-        if self._failing.get(shard) != kind:
-            self._failing[shard] = kind
-            log.warning("sweeper: shard %d: %s: %s", shard, kind, error)
+    def _tell(self, errors: dict[int, LedgerError]) -> None:
+        """One line for each kind of trouble that shards fell into since the last pass, one for those that left it."""
+        before, self._failing = self._failing, {shard: type(error).__name__ for shard, error in errors.items()}
+        fresh: dict[str, list[int]] = {}
+        for shard, kind in self._failing.items():
+            if before.get(shard) != kind:
+                fresh.setdefault(kind, []).append(shard)
+        for kind, shards in fresh.items():
+            log.warning("sweeper: %s not swept: %s: %s", _named(shards), kind, errors[shards[0]])
+        back = [shard for shard in before if shard not in self._failing]
+        if back:
+            log.warning("sweeper: %s swept again", _named(back))
+
+
+def _named(shards: list[int]) -> str:
+    """How many, and which when they are few."""
+    few = "" if len(shards) > NAMED_MAX else f" ({', '.join(str(shard) for shard in sorted(shards))})"
+    return f"{len(shards)} shard{'s' if len(shards) > 1 else ''}{few}"

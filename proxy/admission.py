@@ -8,8 +8,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import msgspec
 
@@ -23,9 +21,10 @@ from metering.ledger import (
     LedgerError,
     LedgerUnavailable,
     Refused,
+    Repeated,
     SessionRef,
 )
-from metering.pricing import hold_cost, output_tokens_covered
+from metering.pricing import output_tokens_covered
 from metering.prompt import PromptEstimate, estimate_prompt
 from metering.ranks import encoding
 from metering.redis_ledger import RedisLedger
@@ -35,6 +34,8 @@ from proxy.errors import (
     AccountBlocked,
     CallError,
     CreditInFlight,
+    IdempotencyConflict,
+    IdempotencyInFlight,
     InternalError,
     InvalidValue,
     LedgerDown,
@@ -44,37 +45,41 @@ from proxy.errors import (
     ParallelSessionsExceeded,
     RequestRateExceeded,
 )
+from proxy.idempotency import repeat_error
 from proxy.ids import session_id
 from proxy.live_session import LiveSession
 from proxy.live_sessions import LiveSessions, boot_ms
 from proxy.request import ChatRequest
+from proxy.threads import Threads
 from proxy.upstream import PreparedCall
 
 RETRY_WITHIN_S = 0.2
 RETRY_PAUSE_S = 0.02
-COUNTERS = 2
-"""Threads that count long prompts, per worker."""
+TAKE_OVERS_MAX = 2
+"""How often one call takes an idempotency key over from a void session, when others try the same."""
 COUNT_WAIT_S = 5.0
-"""How long a call waits for them; then its prompt is estimated by its bytes, on the high side."""
+"""How long a call waits for a thread that counts its prompt; then it is estimated by its bytes, on the high side."""
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who is calling, as admission needs it."""
+class Caller(msgspec.Struct, frozen=True):
+    """Who is calling, as admission needs it. `idempotency` is the hash of the client's idempotency key, "" for none."""
 
     account: AccountRef
     key_id: str
     limits: KeyLimits
+    idempotency: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class _Size:
+class _Size(msgspec.Struct, frozen=True):
     """A hold's size in micros: asked for, least accepted, and the most it may grow to. `output` is what `want` covers
-    of each choice's output, in tokens, where the call cannot be metered in flight."""
+    of each choice's output, in tokens, where the call cannot be metered in flight. It grows by `slice_cost` when less
+    than `slice_low_cost` is left, both at the rates of this prompt."""
 
     want: int
     minimum: int
     most: int
+    slice_cost: int
+    slice_low_cost: int
     output: int | None = None
 
 
@@ -96,7 +101,8 @@ class Admission:
         self._price_version = price_version
         self._owner = owner
         self._metering, self._bounds = limits
-        self._counters = ThreadPoolExecutor(COUNTERS, thread_name_prefix="count-prompt")
+        self.threads = Threads()
+        """For work beside the event loop; this worker's handlers read large bodies there too."""
 
     def route(self, model: str) -> Route:
         """The route of a model name. Raises ModelNotFound or ModelUnpriced."""
@@ -124,6 +130,7 @@ class Admission:
         limit = self._affordable(route, request, prompt, held.held) if limited else size.output
         session = self._session(hold, held, request, route, size, asked_ms, request_id)
         session.limited = limited
+        session.idempotency = caller.idempotency
         call = PreparedCall(request, route, prompt.tokens, prompt.kind, limit)
         self._live.add(session)
         return session, call
@@ -148,11 +155,14 @@ class Admission:
         if len(request.root.body) <= self._bounds.prompt_inline_bytes:
             return estimate(exact)
         # A long prompt would stall every other stream of this worker for the milliseconds it takes.
-        counting = asyncio.get_running_loop().run_in_executor(self._counters, estimate, exact)
         try:
-            return await asyncio.wait_for(counting, COUNT_WAIT_S)
+            return await asyncio.wait_for(self.threads.run(lambda: estimate(exact)), COUNT_WAIT_S)
         except TimeoutError:
             return estimate(0)
+
+    async def aclose(self) -> None:
+        """Admit nothing more. Does not wait for prompts that are still being counted."""
+        await self.threads.aclose()
 
     def _slice(self, route: Route, request: ChatRequest, prompt: PromptEstimate) -> _Size:
         """A stream holds its prompt and the first slice; more follows while it runs."""
@@ -161,14 +171,22 @@ class Admission:
         if request.limit is not None:
             slice_tokens = min(slice_tokens, request.limit * request.choices)
             most = _cost(route, request, prompt, request.limit * request.choices)
-        return _Size(_cost(route, request, prompt, slice_tokens), _cost(route, request, prompt, 1), most)
+        want, least = _cost(route, request, prompt, slice_tokens), _cost(route, request, prompt, 1)
+        return _Size(want, least, most, *self._growth(route, request, prompt))
 
     def _worst_case(self, route: Route, request: ChatRequest, prompt: PromptEstimate) -> _Size:
         """A call that cannot be metered in flight holds all it could cost."""
         most = route.max_output_tokens if request.limit is None else min(request.limit, route.max_output_tokens)
         least = min(most, self._metering.output_floor_tokens)
         want = _cost(route, request, prompt, most * request.choices)
-        return _Size(want, _cost(route, request, prompt, least * request.choices), want, most)
+        minimum = _cost(route, request, prompt, least * request.choices)
+        return _Size(want, minimum, want, *self._growth(route, request, prompt), most)
+
+    def _growth(self, route: Route, request: ChatRequest, prompt: PromptEstimate) -> tuple[int, int]:
+        """Micros of a slice and of its low mark."""
+        tokens = self._metering.slice_tokens, self._metering.slice_low_tokens
+        slice_cost, low = (route.slice_cost(prompt.hold, each, audio=request.audio) for each in tokens)
+        return slice_cost, low
 
     def _affordable(self, route: Route, request: ChatRequest, prompt: PromptEstimate, held: int) -> int:
         """The output limit that a partial hold covers, per choice."""
@@ -193,6 +211,8 @@ class Admission:
             "price_version": self._price_version,
             "counted_prompt": prompt.tokens,
         }
+        if caller.idempotency:
+            metadata["idempotency"] = caller.idempotency
         return HoldRequest(
             session=session_id(),
             account=caller.account,
@@ -205,11 +225,41 @@ class Admission:
             price_version=self._price_version,
             metadata=msgspec.json.encode(metadata),
             limits=caller.limits,
+            idempotency=caller.idempotency,
         )
 
     async def _reserve(self, hold: HoldRequest) -> Held:
-        """Reserve, again while answers are lost at once; one given up is voided so that a late one cannot leak."""
-        reply: Held | Refused | None = None
+        """Reserve; again where a session that ended void has the idempotency key: that freed it."""
+        reply = await self._ask(hold)
+        for _ in range(TAKE_OVERS_MAX):
+            if not isinstance(reply, Repeated):
+                break
+            await self._check_free(hold.account, reply)
+            reply = await self._ask(msgspec.structs.replace(hold, past=reply.session))
+        if isinstance(reply, Repeated):  # others with the same key were faster each time
+            raise IdempotencyInFlight(metadata={"session": reply.session})
+        if isinstance(reply, Refused):
+            telemetry.REFUSED.labels(_LIMITS.get(reply.reason, reply.reason)).inc()
+            raise _refusal(reply)
+        return reply
+
+    async def _check_free(self, account: AccountRef, taken: Repeated) -> None:
+        """Raises the named error unless the idempotency key is free again."""
+        if not taken.same_body:
+            raise IdempotencyConflict()
+        try:
+            past = await self._ledger.past(account, taken.session)
+        except LedgerUnavailable:
+            raise LedgerDown(retry_after_ms=1_000) from None
+        except LedgerError:
+            raise InternalError from None
+        error = repeat_error(taken, past)
+        if error is not None:
+            raise error
+
+    async def _ask(self, hold: HoldRequest) -> Held | Refused | Repeated:
+        """One reserve, again while answers are lost at once; one given up is voided so that a late one cannot leak."""
+        reply: Held | Refused | Repeated | None = None
         began = time.monotonic()
         while reply is None:
             try:
@@ -225,9 +275,6 @@ class Admission:
             ref = SessionRef(hold.session, hold.account, hold.key, 0)  # no fence: the ledger never told us one
             self._live.detach(self._give_up(ref))
             raise LedgerDown(retry_after_ms=1_000)
-        if isinstance(reply, Refused):
-            telemetry.REFUSED.labels(_LIMITS.get(reply.reason, reply.reason)).inc()
-            raise _refusal(reply)
         return reply
 
     async def _give_up(self, ref: SessionRef) -> None:
@@ -253,15 +300,15 @@ class Admission:
             stream=request.stream,
             held=held.held,
             hold_max=size.most,
-            slice_cost=route.hold_cost(0, self._metering.slice_tokens),
-            slice_low_cost=route.hold_cost(0, self._metering.slice_low_tokens),
+            slice_cost=size.slice_cost,
+            slice_low_cost=size.slice_low_cost,
             fence_ms=asked_ms + held.lease_ms - self._metering.fence_margin_ms,
         )
 
 
 def _cost(route: Route, request: ChatRequest, prompt: PromptEstimate, output_tokens: int) -> int:
     """Micros that cover the prompt and so much output at the route's dearest candidate."""
-    return max(hold_cost(each.price, prompt.hold, output_tokens, audio=request.audio) for each in route.candidates)
+    return route.hold_cost(prompt.hold, output_tokens, audio=request.audio)
 
 
 _LIMITS = {"debt": "balance"}

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import msgspec
+
 
 class CallError(Exception):
     """The request could not be served."""
@@ -16,7 +18,7 @@ class CallError(Exception):
         message: str | None = None,
         *,
         param: str | None = None,
-        metadata: Mapping[str, str | int] | None = None,
+        metadata: Mapping[str, str | int | msgspec.Raw] | None = None,
         retry_after_ms: int | None = None,
     ) -> None:
         """`param` names the field at fault; `metadata` and `retry_after_ms` reach the client."""
@@ -79,6 +81,18 @@ class ParallelSessionsExceeded(CallError):
 
 class AccountBlocked(CallError):
     """The account is blocked."""
+
+
+class IdempotencyConflict(CallError):
+    """The Idempotency-Key was already used with another request body. Use another key for another request."""
+
+
+class IdempotencyInFlight(CallError):
+    """The first request with this Idempotency-Key is still in progress."""
+
+
+class IdempotencyFinished(CallError):
+    """The request with this Idempotency-Key has already finished; it is not run again."""
 
 
 class Overloaded(CallError):

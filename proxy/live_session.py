@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from config.price import CompiledPrice
 from metering.ledger import SessionRef
@@ -19,8 +20,7 @@ from proxy.session import Ending, Phase, move
 from proxy.transport import Exchange
 
 
-@dataclass(slots=True)
-class Attempt:
+class Attempt(msgspec.Struct):
     """One try at one provider, as the journal and the client learn of it."""
 
     provider: str
@@ -28,7 +28,7 @@ class Attempt:
     outcome: str = "running"
     status: int | None = None
     ms: int = 0
-    began: float = field(default_factory=time.monotonic)
+    began: float = msgspec.field(default_factory=time.monotonic)
 
     def close(self, outcome: str, status: int | None = None) -> None:
         """The attempt is over; the first outcome stays."""
@@ -50,8 +50,7 @@ class Attempt:
         }
 
 
-@dataclass(slots=True, eq=False)
-class LiveSession:
+class LiveSession(msgspec.Struct, eq=False):
     """Amounts in micros; `fence_ms` on the boot clock; other times monotonic seconds."""
 
     ref: SessionRef
@@ -71,21 +70,25 @@ class LiveSession:
     exchange: Exchange | None = None
     client: ClientStream | None = None
     checkpoint: asyncio.Task[Any] | None = None
-    checkpoint_at: float = field(default_factory=time.monotonic)
+    checkpoint_at: float = msgspec.field(default_factory=time.monotonic)
     checkpoint_metered: int = 0
     seq: int = 0
     exhausted: bool = False
     limited: bool = False
     request_sent: bool = False
+    client_gone: bool = False
+    finishing: bool = False
+    """Whether the provider of the running attempt completes a whole answer without its client."""
     output_most: int | None = None
-    attempts: list[Attempt] = field(default_factory=list)
-    started_at: float = field(default_factory=time.monotonic)
+    attempts: list[Attempt] = msgspec.field(default_factory=list)
+    started_at: float = msgspec.field(default_factory=time.monotonic)
     reported_raw: bytes | None = None
     price: CompiledPrice | None = None
     content_due: float | None = None
     abort_client: Callable[[], None] | None = None
     first_content_at: float | None = None
     highest_metered: int = 0
+    idempotency: str = ""
 
     @property
     def id(self) -> str:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine
 from typing import Any
 
 from config.settings import Bounds, Metering
-from metering.ledger import Gone, LedgerUnavailable, Progressed
+from metering.ledger import Gone, LedgerError, LedgerUnavailable, Progressed
 from metering.redis_ledger import RedisLedger
 from proxy import telemetry
+from proxy.bodies import Bodies
 from proxy.errors import Draining, InternalError, LeaseLost, Overloaded, UpstreamTimedOut
 from proxy.live_session import LiveSession
 from proxy.session import Ending, Phase
@@ -44,6 +45,8 @@ class LiveSessions:
         self._admitting = 0
         self._ticking: LiveSession | None = None
         self.draining = False
+        self.bodies = Bodies(bounds.bodies_bytes_max)
+        """The request bodies of this worker."""
 
     def start(self) -> None:
         """Begin to tick."""
@@ -67,25 +70,22 @@ class LiveSessions:
         if len(self._sessions) + self._admitting > self._bounds.live_sessions_max:
             raise Overloaded(retry_after_ms=1_000)
 
-    @contextlib.contextmanager
-    def admitting(self) -> Iterator[None]:
+    def admission_begins(self) -> None:
         """A call is being admitted: a drain waits for it too, since it may hold credit any moment."""
         self._admitting += 1
-        try:
-            yield
-        finally:
-            self._admitting -= 1
-            self._changed.set()
+
+    def admission_ended(self) -> None:
+        """The call is admitted, or refused."""
+        self._admitting -= 1
+        self._changed.set()
 
     def add(self, session: LiveSession) -> None:
         """A session was held. Its first fence runs from the moment the hold was asked for."""
         self._sessions[session.id] = session
-        telemetry.LIVE.inc()
 
     def remove(self, session: LiveSession) -> None:
         """A session is settled."""
         if self._sessions.pop(session.id, None) is not None:
-            telemetry.LIVE.dec()
             self._changed.set()
 
     def __len__(self) -> int:
@@ -137,6 +137,9 @@ class LiveSessions:
         except LedgerUnavailable:
             # The stream goes on inside its held slice until the fence; the next tick tries again.
             return
+        except LedgerError as error:
+            telemetry.log.error("the ledger refused a checkpoint", session=session.id, reason=str(error))
+            return
         finally:
             session.checkpoint = None
         if isinstance(reply, Progressed):
@@ -157,6 +160,9 @@ class LiveSessions:
             await asyncio.sleep(max(0.0, due - loop.time()))
             lag = loop.time() - due
             telemetry.LOOP_LAG.set(max(0.0, lag))
+            telemetry.LIVE.set(len(self._sessions))
+            telemetry.publish()
+            telemetry.BODY_BYTES.set(self.bodies.held)
             if lag > TICK_S:
                 due = loop.time()
             now, now_boot = time.monotonic(), boot_ms()
@@ -207,6 +213,8 @@ class LiveSessions:
         if self._ticker is not None:
             self._ticker.cancel()
             await asyncio.wait({self._ticker})
+        telemetry.LIVE.set(len(self._sessions))
+        telemetry.publish()
 
     def end_all(self) -> None:
         """End what still runs, in-band where a client listens."""

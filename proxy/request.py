@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -51,8 +50,7 @@ _READ = tuple(_Wire.__struct_fields__)
 _decode = msgspec.json.Decoder(_Wire).decode
 
 
-@dataclass(slots=True)
-class ChatRequest:
+class ChatRequest(msgspec.Struct):
     """A checked request. `limits` are the output limits given, by field, in tokens per choice; `audio` says that some
     of its tokens may be priced as audio."""
 
@@ -67,6 +65,7 @@ class ChatRequest:
     usage_wanted: bool
     choices: int
     limits: Mapping[str, int]
+    _hash: str = ""
 
     @property
     def limit(self) -> int | None:
@@ -78,8 +77,10 @@ class ChatRequest:
         return {name: end - start for name, (start, end) in self.root.spans.items()}
 
     def body_hash(self) -> str:
-        """SHA-256 of the body as sent, hex."""
-        return hashlib.sha256(self.root.body).hexdigest()
+        """SHA-256 of the body as sent, hex; computed once."""
+        if not self._hash:
+            self._hash = hashlib.sha256(self.root.body).hexdigest()
+        return self._hash
 
     def upstream_body(
         self, model: str, *, include_usage: bool, output_limit: int | None, limit_field: str | None

@@ -9,22 +9,25 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from accounts.key_store import KeyStore, Principal
+from config.logs import lines
 from config.settings import Bounds
 from metering.ledger import AccountRef, KeyLimits
 from proxy import telemetry
 from proxy.admission import Admission, Caller
 from proxy.answer import credits_text, stream_headers
+from proxy.bodies import BodyShare
 from proxy.candidates import Route
 from proxy.client_stream import ClientStream
 from proxy.errors import BodyTooLarge, BodyTooSlow, ModelNotFound
+from proxy.idempotency import HEADER, read_key
 from proxy.ids import request_id
 from proxy.live_session import LiveSession
 from proxy.live_sessions import LiveSessions
 from proxy.relay import StreamRelay
-from proxy.request import read_chat
+from proxy.request import ChatRequest, read_chat
 from proxy.session import Ending
 from proxy.settlement import Bill, Settler
 from proxy.upstream import PreparedCall, SessionEnded
@@ -33,6 +36,21 @@ from proxy.whole_relay import WholeRelay
 Scope = Mapping[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+
+class ClientConnection(Protocol):
+    """What the server tells of and does to the connection of one request (`scope["state"]["connection"]`)."""
+
+    disconnected: bool
+    on_gone: Callable[[], None] | None
+
+    def abort(self) -> None: ...
+
+    def whole_body(self) -> bytes | None:
+        """The request's body when it has come whole, else None."""
+
+    def write(self, data: bytes) -> bool:
+        """Send a piece of the body at once; False when it must be sent by `send`."""
 
 
 class ClientGone(Exception):
@@ -61,62 +79,99 @@ class DataPlane:
 
     async def chat_completions(self, scope: Scope, receive: Receive, send: Send) -> None:
         """POST /v1/chat/completions. Raises CallError and the key errors while no response has begun."""
+        share = BodyShare(self._live.bodies)
+        try:
+            await self._chat(scope, receive, send, share)
+        finally:
+            share.release()
+
+    async def _chat(self, scope: Scope, receive: Receive, send: Send, share: BodyShare) -> None:
         began = time.monotonic()
         state = scope["state"]
         request_key = state["request_id"] = request_id()
-        principal = await self._principal(scope)
+        connection: ClientConnection = state["connection"]
+        authorization, idempotency_keys, announced = _head(scope)
+        principal = await self._principal(authorization)
         state["key"], state["account"] = principal.key_id, principal.account_id
-        request = read_chat(await self._body(scope, receive), self._bounds)
+        idempotency = read_key(idempotency_keys)
+        request = await self._read(await self._body(announced, connection, receive, share))
         state["route"] = request.model if request.model in self._models else None
         caller = Caller(
             AccountRef(principal.account_id, principal.shard),
             principal.key_id,
             KeyLimits(principal.requests_per_minute, principal.parallel_sessions),
+            idempotency,
         )
-        with self._live.admitting():
+        self._live.admission_begins()
+        try:
             session, call = await self._admission.admit(caller, request, request_key)
+        finally:
+            self._live.admission_ended()
         session.started_at = began
         state["session"] = session.id
         session.task = asyncio.current_task()
-        session.abort_client = state.get("abort")
-        watch = asyncio.get_running_loop().create_task(self._watch(session, receive, call))
+        session.abort_client = connection.abort
+        connection.on_gone = lambda: self._client_gone(session)
+        if connection.disconnected:
+            self._client_gone(session)
         try:
             if request.stream:
-                bill = await self._stream(session, call, send)
+                bill = await self._stream(session, call, send, connection)
             else:
                 bill = await self._whole(session, call, send)
         except SessionEnded:
             _log(state, session, None, began)
             return
         finally:
-            watch.cancel()
+            connection.on_gone = None
             session.abort_client = None  # the connection may carry another request next
             self._settler.abandoned(session, call)
         _log(state, session, bill, began)
 
+    async def aclose(self) -> None:
+        """Serve nothing more; does not wait for work beside the event loop."""
+        await self._admission.aclose()
+
     async def list_models(self, scope: Scope) -> dict[str, Any]:
         """The body of GET /v1/models. Raises the key errors."""
-        await self._principal(scope)
+        await self._principal(_head(scope)[0])
         return {"object": "list", "data": list(self._models.values())}
 
     async def find_model(self, scope: Scope, name: str) -> dict[str, Any]:
         """The body of GET /v1/models/{id}; ids may contain slashes. Raises ModelNotFound and the key errors."""
-        await self._principal(scope)
+        await self._principal(_head(scope)[0])
         found = self._models.get(name)
         if found is None:
             raise ModelNotFound()
         return found
 
-    async def _principal(self, scope: Scope) -> Principal:
-        header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        return self._keys.peek(header) or await self._keys.authenticate(header)
+    async def _principal(self, authorization: bytes) -> Principal:
+        return self._keys.peek(authorization) or await self._keys.authenticate(authorization)
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes:
-        """The request body. Raises BodyTooLarge, at the announced length or at the bound, BodyTooSlow, ClientGone."""
+    async def _read(self, body: bytes) -> ChatRequest:
+        """The checked request. Raises as `read_chat`; a large body is read beside the event loop."""
+        if len(body) <= self._bounds.body_inline_bytes:
+            return read_chat(body, self._bounds)
+
+        def read() -> ChatRequest:
+            request = read_chat(body, self._bounds)
+            request.body_hash()
+            return request
+
+        return await self._admission.threads.run(read)
+
+    async def _body(self, announced: bytes, connection: ClientConnection, receive: Receive, share: BodyShare) -> bytes:
+        """The request body, counted in `share`. Raises BodyTooLarge, at the announced length or at the bound,
+        Overloaded when the worker's bodies leave no room for it, BodyTooSlow, ClientGone."""
         bytes_max = self._bounds.body_bytes_max
-        announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        if announced.isdigit() and int(announced) > bytes_max:
-            raise BodyTooLarge(f"The request body is larger than {bytes_max} bytes.")
+        if announced.isdigit():
+            if int(announced) > bytes_max:
+                raise BodyTooLarge(f"The request body is larger than {bytes_max} bytes.")
+            share.expect(int(announced))
+            whole = connection.whole_body()
+            if whole is not None:
+                share.grow(len(whole))
+                return whole
         parts, size = [], 0
         try:
             async with asyncio.timeout(self._bounds.client_body_ms / 1000):
@@ -128,22 +183,21 @@ class DataPlane:
                     size += len(part)
                     if size > bytes_max:
                         raise BodyTooLarge(f"The request body is larger than {bytes_max} bytes.")
+                    share.grow(len(part))
                     parts.append(part)
                     if not message.get("more_body"):
                         return parts[0] if len(parts) == 1 else b"".join(parts)
         except TimeoutError:
             raise BodyTooSlow() from None
 
-    async def _watch(self, session: LiveSession, receive: Receive, call: PreparedCall) -> None:
-        """End the session when the client leaves, wherever it is."""
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        if not session.stream and any(each.finish_on_disconnect for each in call.route.candidates):
-            return
-        session.end(Ending.CLIENT_GONE)
+    def _client_gone(self, session: LiveSession) -> None:
+        """End the session when the client leaves, wherever it is, unless its provider shall finish."""
+        session.client_gone = True
+        if session.stream or not session.finishing:
+            session.end(Ending.CLIENT_GONE)
 
-    async def _stream(self, session: LiveSession, call: PreparedCall, send: Send) -> Bill:
-        client = ClientStream(send, lambda: stream_headers(session))
+    async def _stream(self, session: LiveSession, call: PreparedCall, send: Send, connection: ClientConnection) -> Bill:
+        client = ClientStream(send, connection.write, lambda: stream_headers(session))
         return await self._stream_relay.run(session, call, client)
 
     async def _whole(self, session: LiveSession, call: PreparedCall, send: Send) -> Bill:
@@ -163,27 +217,45 @@ class DataPlane:
         return {"id": name, "object": "model", "created": self._started, "owned_by": owner}
 
 
+def _head(scope: Scope) -> tuple[bytes, list[bytes], bytes]:
+    """The first authorization header, all idempotency keys and the announced length, in one pass."""
+    authorization: bytes | None = None
+    keys: list[bytes] = []
+    announced = b""
+    for name, value in scope["headers"]:
+        if name == b"authorization":
+            if authorization is None:
+                authorization = value
+        elif name == HEADER:
+            keys.append(value)
+        elif name == b"content-length":
+            announced = value
+    return authorization or b"", keys, announced
+
+
 def _log(state: Mapping[str, Any], session: LiveSession, bill: Bill | None, began: float) -> None:
     """The request's one log line."""
-    telemetry.REQUESTS.labels(200 if bill is not None else 499, "").inc()
+    telemetry.count(telemetry.REQUESTS, 1, "200" if bill is not None else "499", "")
     first = session.first_content_at
     if first is not None:
-        telemetry.FIRST_CONTENT.labels(session.route).observe(first - began)
+        telemetry.first_content(session.route, first - began)
     last = session.attempts[-1] if session.attempts else None
-    telemetry.log.info(
+    lines.info(
         "chat",
-        request_id=session.request_id,
-        session=session.id,
-        account=state["account"],
-        key=state["key"],
-        route=session.route,
-        stream=session.stream,
-        provider=last.provider if last else None,
-        attempts=len(session.attempts),
-        ending=session.ending.value if session.ending else "completed",
-        prompt=bill.usage.prompt if bill else None,
-        output=bill.usage.output if bill else None,
-        charge=credits_text(bill.micros) if bill else None,
-        first_content_ms=None if first is None else int((first - began) * 1000),
-        duration_ms=int((time.monotonic() - began) * 1000),
+        {
+            "request_id": session.request_id,
+            "session": session.id,
+            "account": state["account"],
+            "key": state["key"],
+            "route": session.route,
+            "stream": session.stream,
+            "provider": last.provider if last else None,
+            "attempts": len(session.attempts),
+            "ending": session.ending.value if session.ending else "completed",
+            "prompt": bill.usage.prompt if bill else None,
+            "output": bill.usage.output if bill else None,
+            "charge": credits_text(bill.micros) if bill else None,
+            "first_content_ms": None if first is None else int((first - began) * 1000),
+            "duration_ms": int((time.monotonic() - began) * 1000),
+        },
     )

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from metering.ledger import Gone, LedgerUnavailable, Outcome, Settled
+from metering.ledger import Gone, LedgerError, LedgerUnavailable, Outcome, Settled
 from metering.pricing import TokenUsage, cost
 from metering.redis_ledger import RedisLedger
 from proxy import telemetry
@@ -27,8 +26,7 @@ METADATA_BYTES_MAX = 4_096
 ATTEMPTS_KEPT = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Bill:
+class Bill(msgspec.Struct, frozen=True):
     """What a session comes to: the usage charged, its source, the amount and the journal's outcome."""
 
     usage: TokenUsage
@@ -46,15 +44,35 @@ def bill(session: LiveSession, ending: Ending, prompt_kind: str) -> Bill:
         charge, outcome = Charge.NOTHING, "void"  # the attempt was still connecting: the provider saw nothing
     if charge is Charge.NOTHING or meter is None or price is None:
         return Bill(TokenUsage(0, 0, 0, 0, 0), "counted", 0, outcome, 0)
-    usage, source = meter.counted(), prompt_kind
-    counted: int | None = usage.output
-    if charge is Charge.REPORTED:
-        usage, source = meter.final()
-        if source == "provider" and not session.stream:
-            counted = None  # a whole answer with believable usage is not tokenised
-    elif charge is Charge.PROMPT:
-        usage = TokenUsage(usage.prompt, 0, 0, 0, 0)
-    return Bill(usage, source, cost(price, usage), outcome, counted)
+    if charge is Charge.REPORTED and meter.reported is not None:
+        # A whole answer with believable usage is not tokenised.
+        counted = meter.counted_output() if session.stream else None
+        return Bill(meter.reported, "provider", cost(price, meter.reported), outcome, counted)
+    usage = meter.counted()
+    charged = TokenUsage(usage.prompt, 0, 0, 0, 0) if charge is Charge.PROMPT else usage
+    return Bill(charged, prompt_kind, cost(price, charged), outcome, usage.output)
+
+
+async def reply_within(settling: asyncio.Task[Settled | Gone | None], seconds: float) -> Settled | Gone | None:
+    """The settlement's answer, if it comes in time; the task goes on either way."""
+    loop = asyncio.get_running_loop()
+    over: asyncio.Future[None] = loop.create_future()
+
+    def end(_: object = None) -> None:
+        if not over.done():
+            over.set_result(None)
+
+    timer = loop.call_later(seconds, end)
+    settling.add_done_callback(end)
+    try:
+        await over
+    finally:
+        timer.cancel()
+        settling.remove_done_callback(end)
+    if settling.done():
+        return settling.result()
+    telemetry.SETTLE_LATE.inc()
+    return None
 
 
 class Settler:
@@ -67,8 +85,9 @@ class Settler:
 
     def begin(
         self, session: LiveSession, call: PreparedCall, ending: Ending
-    ) -> tuple[Bill, asyncio.Task[Settled | Gone]]:
-        """Fix the bill now and settle in a task of its own. Call once per session."""
+    ) -> tuple[Bill, asyncio.Task[Settled | Gone | None]]:
+        """Fix the bill now and settle in a task of its own, whose result is None when the ledger refused it. Call once
+        per session."""
         if session.exchange is not None:
             session.request_sent = session.exchange.sent
             session.exchange.release()
@@ -87,8 +106,9 @@ class Settler:
 
     async def _settle(
         self, session: LiveSession, route: Route, ending: Ending, due: Bill, metadata: bytes
-    ) -> Settled | Gone:
-        """Until the ledger answers: every call is idempotent. Gone when the session was no longer ours."""
+    ) -> Settled | Gone | None:
+        """Until the ledger answers: every call is idempotent. Gone when the session was no longer ours; None when the
+        ledger cannot settle it: the session stays there, for the sweeper once its damage is mended."""
         if session.checkpoint is not None:
             await asyncio.wait({session.checkpoint})
         tries = 0
@@ -101,6 +121,17 @@ class Settler:
                     telemetry.SETTLE_RETRIED.inc()
                     await asyncio.sleep(RETRY_S[min(tries, len(RETRY_S) - 1)])
                     tries += 1
+        except LedgerError as error:
+            telemetry.SETTLE_FAILED.inc()
+            telemetry.log.error(
+                "the ledger refused a settlement; the session stays open",
+                session=session.id,
+                account=session.ref.account.id,
+                ending=ending.value,
+                due_micros=due.micros,
+                reason=str(error),
+            )
+            return None
         finally:
             session.advance(Phase.FINAL)
             self._live.remove(session)
@@ -124,7 +155,7 @@ class Settler:
                 charged_micros=reply.charged,
                 due_micros=due.micros,
             )
-        telemetry.USAGE_SOURCE.labels(route.name, due.source).inc()
+        telemetry.count(telemetry.USAGE_SOURCE, 1, route.name, due.source)
         usage = due.usage
         for name, tokens in (
             ("prompt", usage.prompt),
@@ -133,7 +164,7 @@ class Settler:
             ("reasoning", usage.reasoning),
         ):
             if tokens:
-                telemetry.TOKENS.labels(route.name, name).inc(tokens)
+                telemetry.count(telemetry.TOKENS, tokens, route.name, name)
 
     def _metadata(self, session: LiveSession, call: PreparedCall, ending: Ending, due: Bill) -> bytes:
         now = time.monotonic()
@@ -163,6 +194,8 @@ class Settler:
             "house_cost": _house_cost(call.route, session, due),
             "limited": session.limited,
         }
+        if session.idempotency:
+            fields["idempotency"] = session.idempotency
         encoded = msgspec.json.encode(fields)
         while len(encoded) > METADATA_BYTES_MAX and fields["attempts"]:
             fields["attempts"] = fields["attempts"][1:]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+
+import msgspec
 
 from config.settings import Bounds
 from metering.meter import Channel, Meter
@@ -31,7 +32,7 @@ from proxy.errors import (
 from proxy.http_request import build_request
 from proxy.live_session import Attempt, LiveSession
 from proxy.request import ChatRequest
-from proxy.session import Phase
+from proxy.session import Ending, Phase
 from proxy.transport import Exchange, Transport
 from proxy.transport_errors import (
     ConnectFailed,
@@ -51,8 +52,7 @@ class SessionEnded(Exception):
     """The session was ended from outside (client gone, lease lost, shutdown) while an attempt ran."""
 
 
-@dataclass(frozen=True, slots=True)
-class PreparedCall:
+class PreparedCall(msgspec.Struct, frozen=True):
     """A checked, priced and held request. `output_limit` is what the hold covers of each choice's output
     where the call cannot be metered in flight, else None."""
 
@@ -63,8 +63,7 @@ class PreparedCall:
     output_limit: int | None
 
 
-@dataclass(slots=True)
-class Opened:
+class Opened(msgspec.Struct):
     """A stream that has shown its first content: `events` are what was read up to it, in order."""
 
     candidate: Candidate
@@ -140,12 +139,15 @@ class Upstreams:
         session.first_content_at = time.monotonic()
         session.advance(Phase.CONTENT)
         attempt.close("completed", exchange.status)
-        telemetry.ATTEMPTS.labels(candidate.upstream.name, "completed").inc()
+        telemetry.count(telemetry.ATTEMPTS, 1, candidate.upstream.name, "completed")
         return answer
 
     def _send(
         self, session: LiveSession, call: PreparedCall, candidate: Candidate
     ) -> tuple[Attempt, OpenAICodec, Exchange]:
+        session.finishing = candidate.finish_on_disconnect
+        if session.client_gone and not session.finishing:
+            session.end(Ending.CLIENT_GONE)
         if session.ending is not None:
             raise SessionEnded
         request = call.request

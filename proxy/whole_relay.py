@@ -5,23 +5,20 @@ Must not: stream, or render errors; failures after the hold are settled here and
 
 from __future__ import annotations
 
-import asyncio
-from dataclasses import dataclass
+import msgspec
 
 from config.settings import Bounds
 from metering.ledger import Gone, Settled
 from providers.codec import Answer
-from proxy import telemetry
 from proxy.answer import Headers, bill_headers, billed_body
 from proxy.errors import CallError, InternalError
 from proxy.live_session import LiveSession
 from proxy.session import Ending
-from proxy.settlement import Bill, Settler
+from proxy.settlement import Bill, Settler, reply_within
 from proxy.upstream import CHANNELS, PreparedCall, SessionEnded, Upstreams, report
 
 
-@dataclass(frozen=True, slots=True)
-class WholeAnswer:
+class WholeAnswer(msgspec.Struct, frozen=True):
     """The body and headers to send, and the bill behind them."""
 
     body: bytes
@@ -55,16 +52,13 @@ class WholeRelay:
             raise public from None
         _meter(session, answer)
         due, settled = await self._settled(session, call, Ending.COMPLETED)
-        return WholeAnswer(billed_body(answer.body, session, due, settled), bill_headers(session, due, settled), due)
+        return WholeAnswer(billed_body(answer.root, session, due, settled), bill_headers(session, due, settled), due)
 
     async def _settled(
         self, session: LiveSession, call: PreparedCall, ending: Ending
     ) -> tuple[Bill, Settled | Gone | None]:
         due, settling = self._settler.begin(session, call, ending)
-        done, _ = await asyncio.wait({settling}, timeout=self._bounds.settle_reply_ms / 1000)
-        if not done:
-            telemetry.SETTLE_LATE.inc()
-        return due, settling.result() if done else None
+        return due, await reply_within(settling, self._bounds.settle_reply_ms / 1000)
 
 
 def _meter(session: LiveSession, answer: Answer) -> None:
@@ -74,5 +68,5 @@ def _meter(session: LiveSession, answer: Answer) -> None:
     if answer.usage is not None:
         report(session, answer.usage)
     if meter.reported is None:
-        for choice, channel, tool, text in answer.texts:
+        for choice, channel, tool, text in answer.texts():
             meter.add(choice, CHANNELS[channel], text, tool)

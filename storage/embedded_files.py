@@ -219,7 +219,9 @@ def socket_folder(data_dir: Path, owner: Owner | None) -> Path:
         if _fits(parent / "tollgate-12345678") and (owner is None or blocked_at(parent, owner) is None):
             made = Path(tempfile.mkdtemp(prefix="tollgate-", dir=parent))
             own_folder(made, owner)
-            memory.write_text(str(made), encoding="utf-8")
+            fresh = memory.with_suffix(".new")
+            fresh.write_text(str(made), encoding="utf-8")
+            fresh.replace(memory)  # whole or not there: half a path could name another folder
             return made
     raise EmbeddedError(
         f"No folder is short enough for the stores' sockets. Choose a shorter TOLLGATE_DATA_DIR than {data_dir}."

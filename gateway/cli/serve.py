@@ -43,6 +43,7 @@ def serve(host: str | None, port: int | None, workers: int | None, data_dir: Pat
 
     path = configuration.find(os.environ)
     config = configuration.with_openai(configuration.load(path), os.environ)
+    config = configuration.with_metrics_listen(config, os.environ)
     secrets = configuration.read_secrets(config, os.environ)
     logs.configure(config.server.log_level, "supervisor")
     greeter = Greeter(config, secrets, as_json=as_json)

@@ -1,16 +1,19 @@
 #!lua
 -- reserve: admits a session and holds up to `want` micros for it, at least `minimum`, all or nothing.
--- In this order: the session's own past, the account (blocked, debt), the key's limits, the credit.
+-- In this order: the session's own past, the client's idempotency key, the account (blocked, debt), the key's limits,
+-- the credit.
 -- A refusal stores nothing, so the same session may try again after a top-up. Idempotent by session id.
 -- `rpm` and `parallel` are the key's limits, '' for none; they are counted only when the session is admitted.
--- KEYS: meta account order grants session leases limits
--- ARGV: ep uid sid kid owner body price metadata want minimum prompt lease rpm parallel
--- RETURN: HELD|EXISTS held available fence lease_ms | BALANCE|IN_FLIGHT|REQUESTS|PARALLEL|DEBT|BLOCKED|CONFLICT|TOMBSTONE|FINISHED available held retry_after_ms | EPOCH | BOUNDS what
-local meta, account, order, grants, session, leases, limits = unpack(KEYS)
-local ep, uid, sid, kid, owner, body, price, metadata, want, minimum, prompt, lease, rpm, parallel = unpack(ARGV)
-if #KEYS ~= 7 or #ARGV ~= 14 then return { 'BOUNDS', 'arity' } end
+-- `idempotency` names the session that has the client's idempotency key, and its body, for a day; a bare prefix is none.
+-- `past` is a session that the caller knows to be void: it may be replaced there. '' for none.
+-- KEYS: meta account order grants session leases limits idempotency
+-- ARGV: ep uid sid kid owner body price metadata want minimum prompt lease rpm parallel past
+-- RETURN: HELD|EXISTS held available fence lease_ms | BALANCE|IN_FLIGHT|REQUESTS|PARALLEL|DEBT|BLOCKED|CONFLICT|TOMBSTONE|FINISHED available held retry_after_ms | REPEATED session same_or_other | EPOCH | BOUNDS what
+local meta, account, order, grants, session, leases, limits, idempotency = unpack(KEYS)
+local ep, uid, sid, kid, owner, body, price, metadata, want, minimum, prompt, lease, rpm, parallel, past = unpack(ARGV)
+if #KEYS ~= 8 or #ARGV ~= 15 then return { 'BOUNDS', 'arity' } end
 
-if not (id(uid) and id(sid) and id(kid)) then return { 'BOUNDS', 'id' } end
+if not (id(uid) and id(sid) and id(kid) and (past == '' or id(past))) then return { 'BOUNDS', 'id' } end
 if not (word(owner) and word(body) and word(price)) then return { 'BOUNDS', 'word' } end
 if #metadata > 4096 then return { 'BOUNDS', 'metadata' } end
 local want_n, minimum_n, prompt_n, lease_n = amount(want), amount(minimum), amount(prompt), amount(lease)
@@ -33,12 +36,22 @@ local state = call('HGET', session, 'st')
 if state == 'V' then return refuse('TOMBSTONE', available, 0) end
 if state == 'T' then return refuse('FINISHED', available, 0) end
 if state then
-  local past = call('HMGET', session, 'bh', 'u', 'k', 'ow', 'h', 'f')
-  if past[1] ~= body or past[2] ~= uid or past[3] ~= kid or past[4] ~= owner then
+  local own = call('HMGET', session, 'bh', 'u', 'k', 'ow', 'h', 'f')
+  if own[1] ~= body or own[2] ~= uid or own[3] ~= kid or own[4] ~= owner then
     return refuse('CONFLICT', available, 0)
   end
   local deadline = tonumber(call('ZSCORE', leases, format('%s|%s', uid, sid)) or '0')
-  return { 'EXISTS', past[5], text(available), past[6], text(math.max(0, deadline - now)) }
+  return { 'EXISTS', own[5], text(available), own[6], text(math.max(0, deadline - now)) }
+end
+
+-- The client's idempotency key, behind the prefix 'i:{v000}:'.
+local keyed = sub(idempotency, 10) ~= ''
+local record = keyed and call('GET', idempotency)
+if record then
+  local by, hash = string.match(record, '^(%S+) (%S*)$')
+  if not by then error({ err = 'BROKEN an idempotency key names no session' }) end
+  if hash ~= body then return { 'REPEATED', by, 'other' } end
+  if by ~= past then return { 'REPEATED', by, 'same' } end
 end
 
 -- The account.
@@ -70,6 +83,7 @@ local got, left, moment = text(taken), text(available - taken), text(now)
 if now > saved then call('HSET', meta, 'clk', moment) end
 call('HSET', session, 'st', 'H', 'f', moment, 'u', uid, 'k', kid, 'h', got, 'm', '0', 'q', '0', 'pc', text(prompt_n),
   'ow', owner, 'bh', body, 'pv', price, 'mt', metadata, 'ts', moment, 'sl', write_slices(plan))
+if keyed then call('SET', idempotency, format('%s %s', sid, body), 'PX', '86400000') end
 call('HSET', account, 'av', left, 'hd', text(held + taken), 'ns', text(open + 1))
 hold(grants, plan)
 call('ZADD', leases, text(now + lease_n), format('%s|%s', uid, sid))

@@ -1,5 +1,7 @@
 """One gateway for all acceptance tests of a run; its model is the simulated provider's, or a real server's.
 
+A test module may say what it needs there: MODELS (scripted models beside the named ones), PROVIDERS (further providers,
+routes and prices) and ENVIRON (variables of the gateway). Only tests that harm the gateway start one of their own.
 With TOLLGATE_TEST_PROVIDER_URL, _MODEL and _KEY set (make test-real) the tests marked `any_provider` run against that.
 """
 
@@ -18,10 +20,7 @@ REAL_URL = os.environ.get("TOLLGATE_TEST_PROVIDER_URL")
 REAL_MODEL = os.environ.get("TOLLGATE_TEST_PROVIDER_MODEL", "")
 
 
-def _real_config() -> str:
-    return (
-        config_text()
-        + f"""
+REAL_CONFIG = f"""
 [providers.real]
 kind = "openai"
 base_url = "{REAL_URL}"
@@ -36,18 +35,27 @@ max_output_tokens = 4096
 input = "1"
 output = "1"
 """
-    )
 
 
 @pytest.fixture(scope="session")
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+def gateway(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """The running gateway."""
     folder = tmp_path_factory.mktemp("gateway")
-    environ = {}
+    config, environ = needed(request)
     if REAL_URL:
+        config += REAL_CONFIG
         environ["TOLLGATE_TEST_PROVIDER_KEY"] = os.environ.get("TOLLGATE_TEST_PROVIDER_KEY", "none")
-    with running(folder, _real_config() if REAL_URL else None, environ=environ) as gateway:
+    with running(folder, config, environ=environ) as gateway:
         yield gateway
+
+
+def needed(request: pytest.FixtureRequest) -> tuple[str, dict[str, str]]:
+    """Configuration and variables for all modules of this run."""
+    modules = dict.fromkeys(item.module for item in request.session.items if isinstance(item, pytest.Function))
+    models = dict.fromkeys(model for module in modules for model in getattr(module, "MODELS", ()))
+    providers = dict.fromkeys(getattr(module, "PROVIDERS", "") for module in modules)
+    config = config_text(tuple(models)) + "".join(providers)
+    return config, {name: value for module in modules for name, value in getattr(module, "ENVIRON", {}).items()}
 
 
 @pytest.fixture(scope="session")
@@ -57,9 +65,10 @@ def model() -> str:
 
 
 @pytest.fixture
-async def key(gateway: Gateway) -> Key:
+async def key(gateway: Gateway) -> AsyncIterator[Key]:
     """A key of a fresh account with one credit."""
-    return await gateway.key()
+    async with gateway.connected():
+        yield await gateway.key()
 
 
 @pytest.fixture
@@ -73,5 +82,5 @@ async def client(gateway: Gateway, key: Key) -> AsyncIterator[AsyncOpenAI]:
 async def http(gateway: Gateway, key: Key) -> AsyncIterator[httpx2.AsyncClient]:
     """A bare HTTP client with that key."""
     headers = {"authorization": f"Bearer {key.text}"}
-    async with httpx2.AsyncClient(base_url=gateway.url, headers=headers, timeout=20) as client:
+    async with httpx2.AsyncClient(verify=False, base_url=gateway.url, headers=headers, timeout=20) as client:
         yield client

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import psutil
 import pytest
 from openai import AsyncOpenAI
 
-from tests.support.gateway import Gateway, Key, running, until
+from tests.support.gateway import LATE_S, Gateway, Key, running, until
 from tests.support.outages import (
     DONE,
     MODEL,
@@ -33,11 +32,13 @@ from tests.support.outages import (
     held_session,
     instance_pids,
     leases,
+    names,
     nothing_left,
     outage_config,
     owner_pid,
     readiness,
     ready,
+    server_pid,
     server_pids,
     streams,
     terminal_entries,
@@ -46,7 +47,7 @@ from tests.support.outages import (
 LEASE_S = 3.0
 MARGIN_S = 1.0
 SWEEP_S = 0.2
-SLACK_S = 3.0
+SLACK_S = 7.0
 """For a machine that has other work too."""
 UNBILLED_TOKENS = 256
 """The published bound on what a killed gateway gives away per stream."""
@@ -131,7 +132,7 @@ async def test_a_ledger_process_killed_again_and_again_loses_and_doubles_nothing
     over = asyncio.Event()
 
     async def customer() -> None:
-        async with httpx2.AsyncClient(base_url=gateway.url, headers=bearer(key), timeout=20) as client:
+        async with httpx2.AsyncClient(verify=False, base_url=gateway.url, headers=bearer(key), timeout=20) as client:
             while not over.is_set():
                 answer = await client.post("/v1/chat/completions", json=ask(5, stream=False))
                 assert answer.status_code == 200, answer.text
@@ -190,7 +191,9 @@ async def one_connection_each(gateway: Gateway, key: Key) -> AsyncIterator[dict[
 
         async def connect() -> tuple[int, httpx2.AsyncClient]:
             limits = httpx2.Limits(max_connections=1)
-            client = httpx2.AsyncClient(base_url=gateway.url, headers=bearer(key), timeout=20, limits=limits)
+            client = httpx2.AsyncClient(
+                verify=False, base_url=gateway.url, headers=bearer(key), timeout=20, limits=limits
+            )
             await stack.enter_async_context(client)
             async with client.stream("POST", "/v1/chat/completions", json=ask(20, 20)) as answer:
                 assert answer.status_code == 200
@@ -202,7 +205,7 @@ async def one_connection_each(gateway: Gateway, key: Key) -> AsyncIterator[dict[
             found.update(await asyncio.gather(*(connect() for _ in range(6))))
             return len(found) == 2
 
-        await until(both, 10)
+        await until(both)
         yield found
 
 
@@ -216,11 +219,17 @@ async def test_two_workers_share_the_port_and_one_answer_has_the_metrics_of_all(
     async with one_connection_each(gateway, key) as clients:
         assert sorted(clients) == sorted(gateway.children(WORKER))
         first, second = clients.values()
-        answered = 'tollgate_requests_total{code="",status="200"}'
+        # Counts are published a moment after the answer; this one nothing else of this module moves.
+        answered = 'tollgate_requests_total{code="model_not_found",status="404"}'
         before = await metric(first, answered)
         for client in clients.values():
-            assert (await client.post("/v1/chat/completions", json=ask(3, stream=False))).status_code == 200
-        assert await metric(first, answered) == await metric(second, answered) == before + 2
+            unknown = ask(3, stream=False) | {"model": "no-such-model"}
+            assert (await client.post("/v1/chat/completions", json=unknown)).status_code == 404
+
+        async def both() -> bool:
+            return await metric(first, answered) == await metric(second, answered) == before + 2
+
+        await until(both)
         assert await metric(first, "tollgate_journal_entries_total") > 0  # the ledger process counts here too
 
 
@@ -246,22 +255,22 @@ async def test_after_the_supervisor_is_killed_everything_is_taken_over_by_the_ne
         key = await gateway.key()
         process = gateway.process
         assert process is not None
-        servers = [server_pids(gateway, name)[0] for name in ("valkey", "postgres")]
+        servers = [(await server_pids(gateway, name))[0] for name in ("valkey", "postgres")]
         children = [pid for name in (WORKER, LEDGER, PROVIDER) for pid in gateway.children(name)]
         assert len(children) == 3
         async with streams(gateway, key, 2, tokens=3_000, interval_ms=5) as made:
             for stream in made:
                 await stream.flowing(50)
             process.kill()
-            process.wait(5)
+            process.wait(LATE_S)
             for stream in made:
                 await stream.ended()
-        await until(lambda: not any(alive(pid) for pid in children), 12)
+        await until(lambda: not any(alive(pid) for pid in children))
         assert all(alive(pid) for pid in servers)
-        assert {psutil.Process(pid).name() for pid in instance_pids(gateway)} <= {"valkey-server", "postgres"}
+        assert names(instance_pids(gateway)) <= {"valkey-server", "postgres"}
 
         await asyncio.to_thread(gateway.start)
-        assert [server_pids(gateway, name)[0] for name in ("valkey", "postgres")] == servers
+        assert [server_pid(gateway, name) for name in ("valkey", "postgres")] == servers
         balance = await gateway.idle(key)
         rows = {row["sid"]: row for row in await gateway.sessions(key, 2)}
         assert set(rows) == {one.session for one in made}
@@ -272,7 +281,7 @@ async def test_after_the_supervisor_is_killed_everything_is_taken_over_by_the_ne
             assert rows[one.session]["outcome"] == "error"
             assert rows[one.session]["charged"] >= one.tokens > 0
         assert balance.available == 1_000_000 - sum(row["charged"] for row in rows.values())
-        async with httpx2.AsyncClient(base_url=gateway.url, headers=bearer(key), timeout=20) as client:
+        async with httpx2.AsyncClient(verify=False, base_url=gateway.url, headers=bearer(key), timeout=20) as client:
             assert (await client.post("/v1/chat/completions", json=ask(3, stream=False))).status_code == 200
         assert (await readiness(gateway))[0] == 200
         audited(gateway)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
@@ -12,34 +12,59 @@ import pytest
 from loadtests.simulated_provider.text import count
 from proxy.ids import session_id
 from tests.support.credit import GRANTED, logged, prompt, settled_once, unique
-from tests.support.gateway import Gateway, Key, config_text, running
-from tests.support.raw_client import COMMENT, Lateness, RawCall, ask, post
+from tests.support.gateway import Gateway, Key, until
+from tests.support.ports import free_port
+from tests.support.raw_client import COMMENT, Lateness, RawCall, ask, connected_from, post
+from tests.support.simulated_provider import Simulated
 
 CANCEL_MS = 250
 DRIP = "sim-slow-drip:ms.1"
 REPORTING = "sim-usage-everywhere+chars:size.1"
+MODELS = (DRIP, REPORTING)
+PATIENT = f"http://127.0.0.1:{free_port()}"
+PROVIDERS = f"""
+[providers.patient]
+kind = "openai"
+base_url = "{PATIENT}/v1"
+on_disconnect = "finish"
+
+[routes."gpt-4o"]
+candidates = [{{ provider = "patient", model = "gpt-4o" }}]
+
+[prices."gpt-4o"]
+input = "1"
+output = "1"
+
+[routes."sim-slow-drip:ms.2"]
+candidates = [{{ provider = "sim", model = "sim-slow-drip:ms.2" }}, {{ provider = "patient", model = "gpt-4o" }}]
+
+[prices."sim-slow-drip:ms.2"]
+input = "1"
+output = "1"
+"""
 
 
 @pytest.fixture(scope="module")
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """A gateway with two routes more: a provider that drips slowly, and one that reports usage as it goes."""
-    with running(tmp_path_factory.mktemp("disconnects"), config_text((DRIP, REPORTING))) as gateway:
-        yield gateway
+def patient() -> Iterator[Simulated]:
+    """A provider whose answers are wanted though the client has left."""
+    with Simulated.start("--port", PATIENT.rpartition(":")[2]) as provider:
+        yield provider
 
 
 @pytest.fixture
-async def key(gateway: Gateway) -> Key:
+async def key(gateway: Gateway) -> AsyncIterator[Key]:
     """One slot, so that a leaked one shows."""
-    return await gateway.key(GRANTED, parallel=1)
+    async with gateway.connected():
+        yield await gateway.key(GRANTED, parallel=1)
 
 
 async def left(
-    gateway: Gateway, key: Key, fields: dict[str, Any], call: RawCall, how: str
+    gateway: Gateway, key: Key, fields: dict[str, Any], call: RawCall, how: str, at: str = ""
 ) -> tuple[Any, dict[str, Any]]:
     """Leave now; the provider's entry and the session's row, after the provider was let go within the bound."""
-    async with Lateness() as late:
+    async with Lateness(gateway) as late:
         at_ms = call.leave(how)
-        entry = await logged(gateway, fields, over=True)
+        entry = await logged(gateway, fields, over=True, at=at)
     assert entry["ended_ms"] - at_ms <= CANCEL_MS + late.ms
     return entry, await settled_once(gateway, key)
 
@@ -194,3 +219,67 @@ async def test_leaving_a_call_without_streaming_costs_its_prompt(gateway: Gatewa
     assert entry["aborted"]
     assert row["charged"] == prompt(fields)
     assert (row["outcome"], row["source"], row["stream"]) == ("aborted", "counted", False)
+
+
+# -- A provider with on_disconnect = "finish" -------------------------------------------------------------------------
+
+
+@HOW
+@pytest.mark.usefixtures("patient")
+async def test_a_call_that_is_to_finish_is_completed_without_its_client_and_charged_by_its_usage(
+    gateway: Gateway, key: Key, how: str
+) -> None:
+    fields = ask(f"[[tokens=60]][[interval_ms=20]]Answer {session_id()}.", model="gpt-4o", max_tokens=100)
+    async with post(gateway, key, fields) as call:
+        await logged(gateway, fields, at=PATIENT)
+        ours = call.writer.get_extra_info("sockname")[1]
+        left_ms = call.leave(how)
+        await until(lambda: not connected_from(gateway, ours))
+        running = await logged(gateway, fields, at=PATIENT)
+        entry = await logged(gateway, fields, over=True, at=PATIENT)
+        row = await settled_once(gateway, key)
+    assert running["running"]  # the client's connection is not kept for as long as the provider takes
+    assert entry["ended_ms"] - left_ms > CANCEL_MS
+    assert (entry["completed"], entry["aborted"], entry["served_tokens"]) == (True, False, 60)
+    assert row["charged"] == entry["prompt_tokens"] + 60
+    assert (row["outcome"], row["source"], row["stream"], row["output_tokens"]) == ("completed", "provider", False, 60)
+    assert row["metadata"]["ending"] == "completed"
+
+
+@pytest.mark.usefixtures("patient")
+async def test_a_call_that_is_to_finish_is_not_waited_for_beyond_the_providers_bounds(
+    gateway: Gateway, key: Key
+) -> None:
+    fields = ask(f"[[tokens=400]][[interval_ms=20]]Answer {session_id()}.", model="gpt-4o", max_tokens=400)
+    async with post(gateway, key, fields) as call:
+        began_ms = (await logged(gateway, fields, at=PATIENT))["started_ms"]
+        call.leave()
+        entry = await logged(gateway, fields, over=True, at=PATIENT)
+        row = await settled_once(gateway, key)
+    assert entry["aborted"]
+    assert entry["ended_ms"] - began_ms < 400 * 20
+    assert (row["outcome"], row["charged"]) == ("void", 0)
+    assert row["metadata"]["attempts"][-1]["outcome"] == "UpstreamTimedOut"
+
+
+@HOW
+@pytest.mark.usefixtures("patient")
+async def test_a_stream_of_the_same_provider_is_cancelled_all_the_same(gateway: Gateway, key: Key, how: str) -> None:
+    fields = unique("[[tokens=300]][[interval_ms=15]]", model="gpt-4o")
+    async with post(gateway, key, fields) as call:
+        await call.head()
+        await call.until_content(10)
+        entry, row = await left(gateway, key, fields, call, how, at=PATIENT)
+    assert entry["aborted"]
+    fair(call, entry, row)
+    assert row["charged"] < prompt(fields) + 300
+    assert (row["outcome"], row["source"], row["metadata"]["ending"]) == ("aborted", "counted", "client_gone")
+
+
+async def test_only_the_provider_that_runs_decides_whether_a_call_is_finished(gateway: Gateway, key: Key) -> None:
+    fields = ask(f"[[tokens=100]][[interval_ms=20]]Answer {session_id()}.", model="sim-slow-drip:ms.2", max_tokens=100)
+    async with post(gateway, key, fields) as call:
+        await logged(gateway, fields)
+        entry, row = await left(gateway, key, fields, call, "fin")
+    assert entry["aborted"]
+    assert (row["outcome"], row["charged"]) == ("aborted", prompt(fields))

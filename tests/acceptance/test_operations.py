@@ -117,7 +117,7 @@ async def test_no_label_names_an_account_a_key_or_a_session(gateway: Gateway, ke
 
 def log_lines(gateway: Gateway) -> list[dict[str, Any]]:
     """The log as far as it is written; the processes' own prints to people (the ready message) are not in it."""
-    lines = gateway.log.read_text().splitlines()
+    *lines, _ = gateway.log.read_text().split("\n")  # what has no line end yet is still being written
     return [json.loads(line) for line in lines if line.startswith("{")]
 
 
@@ -153,7 +153,7 @@ async def test_every_request_is_one_json_line_with_its_id(gateway: Gateway, key:
 
 async def test_the_log_is_json_but_for_the_one_greeting(gateway: Gateway) -> None:
     await chat(gateway, "x")
-    lines = gateway.log.read_text().splitlines()
+    *lines, _ = gateway.log.read_text().split("\n")
     plain = [number for number, line in enumerate(lines) if not line.startswith("{")]
     assert lines[plain[0]].startswith("Tollgate serves on ")
     assert plain == list(range(plain[0], plain[0] + len(plain)))
@@ -279,7 +279,9 @@ async def postgres_text(gateway: Gateway) -> str:
 
 
 async def test_what_fails_in_the_gateway_shows_no_insides(gateway: Gateway, key: Key) -> None:
-    async with httpx2.AsyncClient(base_url=gateway.url, headers={"authorization": f"Bearer {key.text}"}) as client:
+    async with httpx2.AsyncClient(
+        verify=False, base_url=gateway.url, headers={"authorization": f"Bearer {key.text}"}
+    ) as client:
         for method, path in (("GET", "/v1/models/%00"), ("POST", "/v1/chat/completions"), ("GET", "/health/x")):
             answer = await client.request(method, path)
             assert answer.status_code in (400, 404)

@@ -28,6 +28,7 @@ from tests.support.outages import (
     outage_config,
     readiness,
     ready,
+    server_pid,
     server_pids,
     streams,
     terminal_entries,
@@ -36,7 +37,7 @@ from tests.support.outages import (
 LEASE_S = 5.0
 MARGIN_S = 1.0
 CALL_S = 0.5
-SLACK_S = 1.0
+SLACK_S = 2.5
 """For a machine that has other work too."""
 
 
@@ -59,7 +60,7 @@ async def key(gateway: Gateway) -> Key:
 
 async def call(gateway: Gateway, key: Key) -> tuple[str, int]:
     """One answered call: its session and what it cost."""
-    async with httpx2.AsyncClient(base_url=gateway.url, headers=bearer(key), timeout=20) as client:
+    async with httpx2.AsyncClient(verify=False, base_url=gateway.url, headers=bearer(key), timeout=20) as client:
         answer = await client.post("/v1/chat/completions", json=ask(5, stream=False))
     assert answer.status_code == 200, answer.text
     return answer.headers["x-tollgate-session"], int(Decimal(answer.headers["x-tollgate-charge"]) * 1_000_000)
@@ -84,14 +85,14 @@ async def refused(gateway: Gateway, key: Key) -> float:
 async def unreachable(gateway: Gateway) -> bool:
     """Whether readiness fails and names Redis."""
     status, parts = await readiness(gateway)
-    return (status, parts["redis"]) == (503, "unreachable")
+    return (status, parts.get("redis")) == (503, "unreachable")
 
 
 async def test_requests_are_served_while_postgres_stands_still_and_arrive_afterwards(
     gateway: Gateway, key: Key
 ) -> None:
     charges = {}
-    with frozen(server_pids(gateway, "postgres")):
+    with frozen(await server_pids(gateway, "postgres")):
         for _ in range(10):
             session, micros = await call(gateway, key)
             charges[session] = micros
@@ -101,7 +102,7 @@ async def test_requests_are_served_while_postgres_stands_still_and_arrive_afterw
             assert (status, parts["redis"], parts["gateway"]) == (200, "ok", "ok")
             return parts["postgres"].startswith("degraded")
 
-        await until(degraded, 6)
+        await until(degraded)
         session, micros = await call(gateway, key)
         charges[session] = micros
     rows = {row["sid"]: row["charged"] for row in await gateway.sessions(key, len(charges) + 1)}
@@ -115,7 +116,7 @@ async def test_requests_are_served_while_postgres_stands_still_and_arrive_afterw
 async def test_a_postgres_that_was_killed_is_started_again_and_no_session_is_missing(
     gateway: Gateway, key: Key, number: signal.Signals
 ) -> None:
-    before = server_pids(gateway, "postgres")[0]
+    before, *_ = await server_pids(gateway, "postgres")
     charges = dict([await call(gateway, key)])
     os.kill(before, number)
 
@@ -123,9 +124,10 @@ async def test_a_postgres_that_was_killed_is_started_again_and_no_session_is_mis
         session, micros = await call(gateway, key)
         charges[session] = micros
         assert (await readiness(gateway))[0] == 200
-        return server_pids(gateway, "postgres")[0] != before and EmbeddedStores.attach(gateway.data_dir) is not None
+        now = server_pid(gateway, "postgres")  # None while its record is being replaced
+        return now not in (None, before) and EmbeddedStores.attach(gateway.data_dir) is not None
 
-    await until(back, 10, every=0.1)
+    await until(back, every=0.1)
     rows = {row["sid"]: row["charged"] for row in await gateway.sessions(key, len(charges) + 1)}
     assert rows.items() >= charges.items()
     assert len(rows) == len(charges) + 1
@@ -138,9 +140,10 @@ async def test_while_redis_stands_still_new_calls_are_refused_and_running_stream
     async with streams(gateway, key, 3, tokens=500, interval_ms=10) as made:
         for stream in made:
             await stream.flowing(20)
-        with frozen(server_pids(gateway, "valkey")):
+        with frozen(await server_pids(gateway, "valkey")):
             stopped = time.monotonic()
-            seconds, _ = await asyncio.gather(refused(gateway, key), until(lambda: unreachable(gateway), 3, every=0.1))
+            seen = until(lambda: unreachable(gateway), LEASE_S - MARGIN_S, every=0.1)
+            seconds, _ = await asyncio.gather(refused(gateway, key), seen)
             assert seconds < CALL_S + SLACK_S
             for stream in made:
                 count = len(stream.frames)
@@ -168,7 +171,7 @@ async def test_streams_end_at_the_fence_when_redis_stands_still_for_longer_than_
     async with streams(gateway, key, 3, tokens=1_500, interval_ms=10) as made:
         for stream in made:
             await stream.flowing(20)
-        with frozen(server_pids(gateway, "valkey")):
+        with frozen(await server_pids(gateway, "valkey")):
             stopped = time.monotonic()
             for stream in made:
                 await stream.ended()
@@ -198,7 +201,7 @@ async def test_streams_end_at_the_fence_when_redis_stands_still_for_longer_than_
 
 
 async def test_a_valkey_that_was_killed_comes_back_with_every_hold_and_balance(gateway: Gateway, key: Key) -> None:
-    before = server_pids(gateway, "valkey")[0]
+    before, *_ = await server_pids(gateway, "valkey")
     async with streams(gateway, key, 2, tokens=600, interval_ms=10) as made:
         for stream in made:
             await stream.flowing(50)
@@ -208,7 +211,7 @@ async def test_a_valkey_that_was_killed_comes_back_with_every_hold_and_balance(g
             assert stream.whole
             assert stream.data.endswith(DONE)
             assert stream.tokens == 600
-    assert server_pids(gateway, "valkey")[0] != before
+    await until(lambda: server_pid(gateway, "valkey") not in (None, before))
     balance = await gateway.idle(key)
     rows = await gateway.sessions(key, 3)
     assert {row["outcome"] for row in rows} == {"completed"}

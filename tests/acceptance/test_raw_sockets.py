@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 
@@ -124,13 +125,20 @@ async def test_garbage_behind_a_request_does_not_reach_into_its_answer(gateway: 
     await fine(gateway, key)
 
 
-@pytest.mark.parametrize("part", [b"", b"POST /v1/ch", f"POST {PATH} HTTP/1.1\r\nhost: x\r\nauthoriz".encode()])
-async def test_a_head_that_does_not_come_is_not_waited_for(gateway: Gateway, part: bytes) -> None:
+async def is_closed_for_silence(gateway: Gateway, part: bytes, *, behind_a_request: bool = False) -> None:
+    """A connection on which only `part` of a head comes is closed at the bound, without a word."""
     async with connected(gateway.port) as client:
+        if behind_a_request:
+            assert (await client.request("GET", "/health/live")).status == 200
         began = time.monotonic()
         await client.send(part)
-        assert await client.rest() == b""
-        assert CLIENT_HEADER_S * 0.8 < time.monotonic() - began < CLIENT_HEADER_S + 2
+        assert await client.rest(CLIENT_HEADER_S + 5) == b"", part
+        assert CLIENT_HEADER_S * 0.8 < time.monotonic() - began < CLIENT_HEADER_S + 2, part
+
+
+async def test_a_head_that_does_not_come_is_not_waited_for(gateway: Gateway) -> None:
+    parts = (b"", b"POST /v1/ch", f"POST {PATH} HTTP/1.1\r\nhost: x\r\nauthoriz".encode())
+    await asyncio.gather(*(is_closed_for_silence(gateway, part) for part in parts))
 
 
 async def test_a_header_without_end_is_refused_at_its_bound(gateway: Gateway) -> None:
@@ -211,14 +219,9 @@ async def test_offers_to_change_the_protocol_may_follow_each_other(gateway: Gate
             assert (await client.answer()).json() == {"status": "ok"}
 
 
-@pytest.mark.parametrize("part", [b"\r\n", b"\r\n\r\n", b"GET /heal"])
-async def test_a_connection_whose_next_request_does_not_come_is_not_kept(gateway: Gateway, part: bytes) -> None:
-    async with connected(gateway.port) as client:
-        assert (await client.request("GET", "/health/live")).status == 200
-        began = time.monotonic()
-        await client.send(part)
-        assert await client.rest() == b""
-        assert CLIENT_HEADER_S * 0.8 < time.monotonic() - began < CLIENT_HEADER_S + 2
+async def test_a_connection_whose_next_request_does_not_come_is_not_kept(gateway: Gateway) -> None:
+    parts = (b"\r\n", b"\r\n\r\n", b"GET /heal")
+    await asyncio.gather(*(is_closed_for_silence(gateway, part, behind_a_request=True) for part in parts))
 
 
 async def test_a_line_end_before_a_request_is_no_part_of_it(gateway: Gateway) -> None:
@@ -242,8 +245,8 @@ async def test_a_head_that_drips_is_not_waited_for(gateway: Gateway) -> None:
         assert time.monotonic() - began < CLIENT_HEADER_S + 2
 
 
-@pytest.mark.parametrize("framing", [f"content-length: {len(BODY) + 1}", TE])
-async def test_a_body_that_does_not_come_is_a_408(gateway: Gateway, key: Key, framing: str) -> None:
+async def is_408(gateway: Gateway, key: Key, framing: str) -> None:
+    """A body that does not come on after its beginning is given up at the bound, and the connection with it."""
     head = post(framing, body=b"").replace(SMUGGLED, b"").replace(b"KEY", key.text.encode())
     async with connected(gateway.port) as client:
         began = time.monotonic()
@@ -253,6 +256,11 @@ async def test_a_body_that_does_not_come_is_a_408(gateway: Gateway, key: Key, fr
         assert await client.rest() == b""
     assert (answer.status, answer.error()["code"]) == (408, "request_timeout")
     assert answer.headers["x-should-retry"] == "false"
+
+
+async def test_a_body_that_does_not_come_is_a_408(gateway: Gateway, key: Key) -> None:
+    framings = (f"content-length: {len(BODY) + 1}", TE)
+    await asyncio.gather(*(is_408(gateway, key, framing) for framing in framings))
     await fine(gateway, key)
 
 

@@ -5,17 +5,41 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
-from tests.support.gateway import Gateway, Key, config_text, free_port, running
+from tests.support.gateway import Gateway, Key
+from tests.support.ports import free_port
 from tests.support.strict_client import Answer, connected, stream_of
 
 CANARY = "sk-canaryUpstream0123456789"
 ASK = [{"role": "user", "content": "hi"}]
+PORT = free_port()
+"""Where the route `raw` finds its provider."""
+PROVIDERS = f"""
+[providers.raw]
+kind = "openai"
+base_url = "http://127.0.0.1:{PORT}/v1"
+api_key_env = "RAW_KEY"
+
+[routes.raw]
+candidates = [{{ provider = "raw", model = "raw" }}]
+
+[routes.raw-then-sim]
+candidates = [{{ provider = "raw", model = "raw" }}, {{ provider = "sim", model = "gpt-4o-mini" }}]
+
+[prices.raw]
+input = "1"
+output = "1"
+
+[prices.raw-then-sim]
+input = "1"
+output = "1"
+"""
+ENVIRON = {"RAW_KEY": CANARY}
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n"
 START = b'data: {"id":"x","object":"chat.completion.chunk","choices":[{"index":0,"delta":{"role":"assistant"}}]}\n\n'
 END = b'data: {"id":"x","choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'
@@ -33,26 +57,6 @@ def status(line: str, body: bytes, *headers: str) -> bytes:
 
 def sse(body: bytes, *headers: str) -> bytes:
     return HEAD + "".join(f"{header}\r\n" for header in headers).encode() + b"\r\n" + body
-
-
-@pytest.fixture(scope="module")
-def upstream_port() -> int:
-    """Where the route `raw` finds its provider."""
-    return free_port()
-
-
-@pytest.fixture(scope="module")
-def gateway(tmp_path_factory: pytest.TempPathFactory, upstream_port: int) -> Iterator[Gateway]:
-    """A gateway whose route `raw` leads to this module's sockets."""
-    config = config_text() + (
-        f'\n[providers.raw]\nkind = "openai"\nbase_url = "http://127.0.0.1:{upstream_port}/v1"\n'
-        'api_key_env = "RAW_KEY"\n'
-        '[routes.raw]\ncandidates = [{ provider = "raw", model = "raw" }]\n[prices.raw]\ninput = "1"\noutput = "1"\n'
-        '[routes.raw-then-sim]\ncandidates = [{ provider = "raw", model = "raw" },'
-        ' { provider = "sim", model = "gpt-4o-mini" }]\n[prices.raw-then-sim]\ninput = "1"\noutput = "1"\n'
-    )
-    with running(tmp_path_factory.mktemp("raw"), config, environ={"RAW_KEY": CANARY}) as gateway:
-        yield gateway
 
 
 @asynccontextmanager
@@ -94,12 +98,12 @@ async def refused(gateway: Gateway, key: Key, answer: Answer) -> tuple[int, str 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("line", ["401 Unauthorized", "403 Forbidden"])
 async def test_our_key_refused_is_a_502_without_the_providers_words(
-    gateway: Gateway, key: Key, upstream_port: int, stream: bool, line: str
+    gateway: Gateway, key: Key, stream: bool, line: str
 ) -> None:
     body = json.dumps(
         {"error": {"message": f"Incorrect API key provided: {CANARY}", "code": "invalid_api_key"}}
     ).encode()
-    async with provider(upstream_port, status(line, body, f"www-authenticate: Bearer {CANARY}")) as asked:
+    async with provider(PORT, status(line, body, f"www-authenticate: Bearer {CANARY}")) as asked:
         answer = await ask(gateway, key, stream=stream)
     assert (await refused(gateway, key, answer))[:2] == (502, "upstream_key_refused")
     assert f"authorization: Bearer {CANARY}".encode() in asked[0]
@@ -109,9 +113,7 @@ async def test_our_key_refused_is_a_502_without_the_providers_words(
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_our_key_refused_inside_a_200_is_a_502_too(
-    gateway: Gateway, key: Key, upstream_port: int, stream: bool
-) -> None:
+async def test_our_key_refused_inside_a_200_is_a_502_too(gateway: Gateway, key: Key, stream: bool) -> None:
     error = {
         "message": f"Incorrect API key provided: {CANARY}",
         "type": "authentication_error",
@@ -119,18 +121,16 @@ async def test_our_key_refused_inside_a_200_is_a_502_too(
     }
     body = json.dumps({"error": error}).encode()
     answers = sse(b"data: " + body + b"\n\n") if stream else status("200 OK", body)
-    async with provider(upstream_port, answers):
+    async with provider(PORT, answers):
         answer = await ask(gateway, key, stream=stream)
     assert (await refused(gateway, key, answer))[:2] == (502, "upstream_key_refused")
 
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("line", ["301 Moved", "302 Found", "303 See Other", "307 Temporary", "308 Permanent"])
-async def test_redirects_are_refused_and_not_followed(
-    gateway: Gateway, key: Key, upstream_port: int, stream: bool, line: str
-) -> None:
-    location = f"location: http://127.0.0.1:{upstream_port}/v1/metadata?{CANARY}"
-    async with provider(upstream_port, status(line, b"{}", location)) as asked:
+async def test_redirects_are_refused_and_not_followed(gateway: Gateway, key: Key, stream: bool, line: str) -> None:
+    location = f"location: http://127.0.0.1:{PORT}/v1/metadata?{CANARY}"
+    async with provider(PORT, status(line, b"{}", location)) as asked:
         answer = await ask(gateway, key, stream=stream)
     assert (await refused(gateway, key, answer))[:2] == (502, "upstream_invalid")
     assert len(asked) == 1
@@ -138,11 +138,11 @@ async def test_redirects_are_refused_and_not_followed(
 
 
 async def test_nothing_of_the_clients_headers_goes_up_and_nothing_of_the_providers_comes_down(
-    gateway: Gateway, key: Key, upstream_port: int
+    gateway: Gateway, key: Key
 ) -> None:
     ours = ("set-cookie: a=b", "x-request-id: theirs", "x-tollgate-charge: 0", "server: nginx", "x-ratelimit-limit: 1")
     async with (
-        provider(upstream_port, sse(START + said(b"hi") + END, *ours)) as asked,
+        provider(PORT, sse(START + said(b"hi") + END, *ours)) as asked,
         connected(gateway.port) as client,
     ):
         answer = await client.chat(
@@ -177,11 +177,9 @@ async def test_nothing_of_the_clients_headers_goes_up_and_nothing_of_the_provide
 
 @pytest.mark.parametrize("line", ["400 Bad Request", "404 Not Found", "413 Too Large", "422 Unprocessable"])
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_fault_of_the_caller_does_not_fall_back(
-    gateway: Gateway, key: Key, upstream_port: int, stream: bool, line: str
-) -> None:
+async def test_a_fault_of_the_caller_does_not_fall_back(gateway: Gateway, key: Key, stream: bool, line: str) -> None:
     body = b'{"error":{"message":"Bad field.","type":"invalid_request_error","param":"zz","code":"bad_field"}}'
-    async with provider(upstream_port, status(line, body)) as asked:
+    async with provider(PORT, status(line, body)) as asked:
         answer = await ask(gateway, key, stream=stream, model="raw-then-sim")
     assert await refused(gateway, key, answer) == (int(line[:3]), "bad_field", "Bad field.")
     assert answer.error()["param"] == "zz"
@@ -189,8 +187,8 @@ async def test_a_fault_of_the_caller_does_not_fall_back(
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_rate_limit_falls_back(gateway: Gateway, key: Key, upstream_port: int, stream: bool) -> None:
-    async with provider(upstream_port, status("429 Slow", b"{}", "retry-after: 9")):
+async def test_a_rate_limit_falls_back(gateway: Gateway, key: Key, stream: bool) -> None:
+    async with provider(PORT, status("429 Slow", b"{}", "retry-after: 9")):
         answer = await ask(gateway, key, stream=stream, model="raw-then-sim")
     assert (answer.status, answer.headers["x-tollgate-attempts"]) == (200, "2")
     row = await gateway.session(answer.headers["x-tollgate-session"])
@@ -209,9 +207,9 @@ FRAMES = {
 
 
 @pytest.mark.parametrize("name", FRAMES)
-async def test_odd_frames_leave_as_plain_ones(gateway: Gateway, key: Key, upstream_port: int, name: str) -> None:
+async def test_odd_frames_leave_as_plain_ones(gateway: Gateway, key: Key, name: str) -> None:
     start = START.replace(b"data: ", b"\xef\xbb\xbfdata: ") if name == "a byte order mark" else START
-    async with provider(upstream_port, sse(start + FRAMES[name] + END)):
+    async with provider(PORT, sse(start + FRAMES[name] + END)):
         answer = await ask(gateway, key, stream=True)
     stream = stream_of(answer, usage_wanted=False)
     assert stream.text().startswith("hi")
@@ -229,8 +227,8 @@ GARBAGE = {
 
 
 @pytest.mark.parametrize("name", GARBAGE)
-async def test_frames_that_make_no_sense_are_a_502(gateway: Gateway, key: Key, upstream_port: int, name: str) -> None:
-    async with provider(upstream_port, sse(GARBAGE[name])):
+async def test_frames_that_make_no_sense_are_a_502(gateway: Gateway, key: Key, name: str) -> None:
+    async with provider(PORT, sse(GARBAGE[name])):
         answer = await ask(gateway, key, stream=True)
     assert (await refused(gateway, key, answer))[:2] == (502, "upstream_invalid")
 
@@ -252,16 +250,14 @@ WHOLE_GARBAGE = {
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("name", WHOLE_GARBAGE)
-async def test_answers_that_make_no_sense_are_a_502(
-    gateway: Gateway, key: Key, upstream_port: int, name: str, stream: bool
-) -> None:
-    async with provider(upstream_port, WHOLE_GARBAGE[name]):
+async def test_answers_that_make_no_sense_are_a_502(gateway: Gateway, key: Key, name: str, stream: bool) -> None:
+    async with provider(PORT, WHOLE_GARBAGE[name]):
         answer = await ask(gateway, key, stream=stream)
     assert (await refused(gateway, key, answer))[:2] == (502, "upstream_invalid")
 
 
-async def test_a_connection_closed_without_a_word_is_a_502(gateway: Gateway, key: Key, upstream_port: int) -> None:
-    async with provider(upstream_port, b""):
+async def test_a_connection_closed_without_a_word_is_a_502(gateway: Gateway, key: Key) -> None:
+    async with provider(PORT, b""):
         answer = await ask(gateway, key, stream=True)
     assert (await refused(gateway, key, answer))[0] == 502
 

@@ -19,7 +19,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
-from tests.support.gateway import ROOT, Gateway, Key, free_port, running, until
+from tests.support.gateway import ROOT, Gateway, Key, running, until
 from tests.support.outages import (
     DONE,
     MODEL,
@@ -36,7 +36,7 @@ from tests.support.outages import (
 )
 
 DRAIN_S = 4
-SLACK_S = 3.0
+SLACK_S = 10.0
 """For a machine that has other work too."""
 CONFIG = outage_config(lease_ms=3_000, margin_ms=1_000, drain_s=DRAIN_S)
 
@@ -84,13 +84,13 @@ async def end(gateway: Gateway) -> Ending:
             seen.words.append((status, parts.get("gateway", "")))
             return status == 503
 
-        await until(draining, 3)
+        await until(draining)
         seen.refusal = await refusal(gateway, seen.key)
         seen.short_was_running = not short.whole
         seen.short, seen.long = short, long
         await short.ended()
         await long.ended()
-        seen.code = await asyncio.to_thread(process.wait, 20)
+        seen.code = await asyncio.to_thread(process.wait, 60)
         seen.seconds = time.monotonic() - began
         seen.left = instance_pids(gateway)
     listed = await asyncio.to_thread(gateway.tollgate, "sessions", "list", "--account", seen.key.account.id, "--json")
@@ -166,27 +166,27 @@ async def test_a_second_signal_ends_the_drain_at_once_and_still_settles(tmp_path
         async with streams(gateway, key, 1, 3_000, 10) as (stream,):
             await stream.flowing(20)
             process.send_signal(signal.SIGTERM)
-            await until(lambda: b'"stopping"' in gateway.log.read_bytes(), 3)
+            await until(lambda: b'"stopping"' in gateway.log.read_bytes())
             process.send_signal(signal.SIGTERM)
             began = time.monotonic()
-            assert await asyncio.to_thread(process.wait, 20) == 0
-            assert time.monotonic() - began < 10
+            assert await asyncio.to_thread(process.wait, 60) == 0
+            assert time.monotonic() - began < 20  # the drain would take a minute, the stream half of it
             await stream.ended()
         assert instance_pids(gateway) == set()
         gateway.start()
         balance = await gateway.idle(key)
         (row,) = await gateway.sessions(key, 1)
         assert 0 < row["charged"] == 1_000_000 - balance.available
-        async with httpx2.AsyncClient(base_url=gateway.url, headers=bearer(key), timeout=20) as client:
+        async with httpx2.AsyncClient(verify=False, base_url=gateway.url, headers=bearer(key), timeout=20) as client:
             assert (await client.post("/v1/chat/completions", json=ask(3, stream=False))).status_code == 200
         audited(gateway)
 
 
 def test_a_port_that_somebody_else_has_is_one_readable_line_and_an_exit_code(tmp_path: Path) -> None:
-    port = free_port()
-    with socket.create_server(("127.0.0.1", port)):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
         command = [sys.executable, "-m", "gateway.cli", "serve", "--port", str(port), "--data-dir", str(tmp_path / "d")]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=20)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode not in (0, 70)
     (line,) = (done.stdout + done.stderr).strip().splitlines()
     assert str(port) in line

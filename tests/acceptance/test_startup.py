@@ -16,11 +16,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from config.settings import OPENAI, SHIPPED, Provider, Settings, read_secrets
+from config.settings import OPENAI, SHIPPED, Provider, Route, Settings, read_secrets
 from gateway.health import BEHIND
 from gateway.openai_models import offered_routes
-from tests.support.gateway import CONFIG, ROOT, Gateway, free_port, running, until
+from tests.support.gateway import CONFIG, OURS, ROOT, Gateway, running, until
 from tests.support.outages import frozen, ready, server_pids
+from tests.support.ports import free_port
+from tests.support.raw_client import Lateness
 from tests.support.rawserver import RawServer, answers
 from tests.support.simulated_provider import Simulated
 from tests.support.strict_client import connected
@@ -69,7 +71,7 @@ def refused(config: Path, *arguments: str, **environ: str) -> tuple[int, str]:
     """Exit code and the one line of a start that must fail."""
     with tempfile.TemporaryDirectory(prefix="tg-") as data:
         command = [sys.executable, "-m", "gateway.cli", "serve", "--port", "0", "--data-dir", data, *arguments]
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("TOLLGATE_", "OPENAI_"))}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
         inherited |= {"TOLLGATE_CONFIG": str(config), "TOLLGATE_TEST_NOT_DURABLE": "1", **environ}
         done = subprocess.run(command, cwd=ROOT, env=inherited, capture_output=True, text=True, check=False, timeout=60)
     words = [line for line in (done.stdout + done.stderr).splitlines() if not line.startswith("{")]
@@ -107,6 +109,24 @@ def test_a_database_that_cannot_be_used_is_one_line_that_names_the_variable(
     assert "defect" not in line
 
 
+@pytest.mark.parametrize(
+    ("url", "code", "named"),
+    [
+        ("redis://:hunter2@no-such-host.invalid:6379/0", 3, "no-such-host.invalid:6379"),
+        ("redis://:hunter2@127.0.0.1:1/0", 3, "127.0.0.1:1"),
+        ("redis://:hunter2@127.0.0.1:hunter2/0", 2, "REDIS_URL"),
+    ],
+)
+def test_a_redis_that_cannot_be_used_is_one_line_that_says_where_it_was_looked_for(
+    tmp_path: Path, url: str, code: int, named: str
+) -> None:
+    got, line = refused(config_of(tmp_path), REDIS_URL=url, **STORE)
+    assert (got, named in line, "Redis" in line) == (code, True, True), line
+    assert "hun" not in line
+    assert "defect" not in line
+    assert "Traceback" not in line
+
+
 def test_a_metrics_address_that_is_taken_is_one_line_that_names_the_key(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -136,7 +156,7 @@ async def test_probes_do_not_wait_for_a_store_and_ready_names_what_is_degraded(t
                 answer = await client.request("GET", "/health/ready")
             return answer.status, answer.json(), time.monotonic() - began
 
-        with frozen(server_pids(gateway, "postgres")):
+        with frozen(await server_pids(gateway, "postgres")):
             slowest = 0.0
 
             async def degraded() -> bool:
@@ -146,10 +166,11 @@ async def test_probes_do_not_wait_for_a_store_and_ready_names_what_is_degraded(t
                 slowest = max(slowest, seconds)
                 return bool(found["status"] == "degraded" and found["parts"]["postgres"] != "ok")
 
-            await until(degraded, 8)
-            for _ in range(20):
-                assert await degraded()
-            assert slowest < 0.8
+            async with Lateness(gateway) as late:
+                await until(degraded)
+                for _ in range(20):
+                    assert await degraded()
+            assert slowest < 0.8 + late.ms / 1000
         await ready(gateway)
         assert gateway.process is not None
         (ledger,) = gateway.children("gateway.ledger_process")
@@ -162,7 +183,7 @@ async def test_probes_do_not_wait_for_a_store_and_ready_names_what_is_degraded(t
                     assert status == 200
                     return (found["parts"]["journal"], found["status"]) == ("no flusher running", "degraded")
 
-                await until(told, 5)
+                await until(told)
 
         async def well() -> bool:
             _, found, _ = await probe()
@@ -173,11 +194,33 @@ async def test_probes_do_not_wait_for_a_store_and_ready_names_what_is_degraded(t
 
 
 async def test_models_that_reason_unseen_are_waited_for() -> None:
-    names = ["gpt-4o-mini", "gpt-5", "gpt-5.1-mini", "gpt-6", "o1", "o3-mini", "omni-moderation-latest"]
+    names = ["gpt-4o-mini", "gpt-5", "gpt-5.1-mini", "gpt-6", "o1", "o3-mini"]
+    routes = await offered(names)
+    assert list(routes) == names
+    assert [name for name, route in routes.items() if route.hidden_reasoning] == names[1:]
+
+
+CHAT = [
+    "chatgpt-4o-latest", "ft:gpt-4o-mini:image-team:pro:a1", "gpt-3.5-turbo", "gpt-4", "gpt-4-turbo-preview", "gpt-4.1",
+    "gpt-4o", "gpt-4o-2024-05-13", "gpt-4o-audio-preview", "gpt-4o-search-preview", "gpt-5-chat-latest", "gpt-5-mini",
+    "gpt-5-search-api", "gpt-audio", "gpt-oss-120b", "o1", "o4-mini",
+]  # fmt: skip
+OTHER = [
+    "babbage-002", "chatgpt-image-latest", "codex-mini-latest", "computer-use-preview", "dall-e-3", "davinci-002",
+    "ft:davinci-002:team::a1", "gpt-3.5-turbo-instruct", "gpt-4o-mini-realtime-preview", "gpt-4o-mini-tts",
+    "gpt-4o-transcribe", "gpt-4o-transcribe-diarize", "gpt-5-codex", "gpt-5-pro", "gpt-image-1", "gpt-realtime",
+    "o1-pro", "o3-deep-research", "omni-moderation-latest", "sora-2", "text-embedding-3-small", "tts-1-hd", "whisper-1",
+]  # fmt: skip
+
+
+async def test_models_that_do_not_chat_are_not_offered() -> None:
+    assert list(await offered(CHAT + OTHER)) == CHAT
+
+
+async def offered(names: list[str]) -> dict[str, Route]:
+    """The routes for what a provider lists."""
     body = msgspec.json.encode({"data": [{"id": name} for name in names]})
     async with RawServer(answers(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))) as server:
         provider = Provider(kind="openai", base_url=f"http://127.0.0.1:{server.port}/v1/", api_key_env="OPENAI_API_KEY")
         settings = Settings(providers={OPENAI: provider})
-        routes = await offered_routes(settings, read_secrets(settings, {"OPENAI_API_KEY": KEY}))
-    assert list(routes) == names
-    assert [name for name, route in routes.items() if route.hidden_reasoning] == names[1:6]
+        return await offered_routes(settings, read_secrets(settings, {"OPENAI_API_KEY": KEY}))

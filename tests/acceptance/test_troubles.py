@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
 from loadtests.simulated_provider import text
-from tests.support.gateway import SCRIPTS, Gateway, Key, Stores, config_text, running, until
+from tests.support.gateway import SCRIPTS, Gateway, Key, Stores, until
 from tests.support.strict_client import Answer, Stream, connected, stream_of
 
 GRANT = 1_000_000
@@ -127,13 +126,7 @@ PACED = "chars:interval_ms.5"
 RECORDED = ("extra-fields", "chars:record.1", "reasoning:record.1", "parallel-tools:record.1", "refusal:record.1")
 
 
-@pytest.fixture(scope="module")
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """A gateway with a route for every row of the table."""
-    names = [f"sim-{script}" for script in (*TABLE, *RECORDED, *SLOW, PACED, "fail-times:tag.once")]
-    more = tuple(dict.fromkeys(name for name in names if name.removeprefix("sim-") not in SCRIPTS))
-    with running(tmp_path_factory.mktemp("troubles"), config_text(more)) as gateway:
-        yield gateway
+MODELS = tuple(f"sim-{script}" for script in (*TABLE, *RECORDED, *SLOW, PACED, "fail-times:tag.once"))
 
 
 def test_the_table_has_every_script() -> None:

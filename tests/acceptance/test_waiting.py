@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 
 import psutil
 import pytest
 
 from loadtests.simulated_provider.text import count
 from tests.support.credit import GRANTED, held, logged, prompt, settled_once, unique
-from tests.support.gateway import Gateway, Key, config_text, running, until
-from tests.support.raw_client import COMMENT, DONE, Lateness, ask, post, request_bytes
+from tests.support.gateway import LATE_S, Gateway, Key, until
+from tests.support.raw_client import COMMENT, DONE, Lateness, ask, connected_from, post, request_bytes
 
 LATE_EMPTY = "sim-slow-headers+empty:ms.1200"
-LATE_FALLBACK = """
+MODELS = (LATE_EMPTY,)
+PROVIDERS = """
 [routes.late-fallback]
 candidates = [{ provider = "sim", model = "sim-stall:after=0" }, { provider = "sim", model = "gpt-4o-mini" }]
 
@@ -27,17 +29,11 @@ output = "1"
 """
 
 
-@pytest.fixture(scope="module")
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    """A gateway with two routes more: one ends late and empty, one stalls and then falls back."""
-    with running(tmp_path_factory.mktemp("waiting"), config_text((LATE_EMPTY,)) + LATE_FALLBACK) as gateway:
-        yield gateway
-
-
 @pytest.fixture
-async def key(gateway: Gateway) -> Key:
+async def key(gateway: Gateway) -> AsyncIterator[Key]:
     """One slot, so that a leaked one shows."""
-    return await gateway.key(GRANTED, parallel=1)
+    async with gateway.connected():
+        yield await gateway.key(GRANTED, parallel=1)
 
 
 # -- Clients that stop reading ----------------------------------------------------------------------------------------
@@ -48,9 +44,9 @@ def resident(gateway: Gateway) -> int:
     assert gateway.process is not None
     total = 0
     for process in psutil.Process(gateway.process.pid).children(recursive=True):
-        words = " ".join(process.cmdline())
-        if "gateway" in words:
-            total += process.memory_info().rss
+        with contextlib.suppress(psutil.NoSuchProcess):  # a server's own child may end while we look
+            if "gateway" in " ".join(process.cmdline()):
+                total += process.memory_info().rss
     return total
 
 
@@ -69,12 +65,12 @@ async def test_a_client_that_stops_reading_is_let_go_and_pays_for_what_was_read(
             grown = 0
             while (await stores.ledger.balance(key.account)).sessions:
                 grown = max(grown, resident(gateway) - before)
-                assert time.monotonic() - began < 10
+                assert time.monotonic() - began < LATE_S
         lasted = time.monotonic() - began
         entry = await logged(gateway, fields, over=True)
         row = await settled_once(gateway, key)
         read = await _drained(client)
-    assert 1.4 <= lasted <= 5
+    assert 1.4 <= lasted <= 10
     assert grown < 16 * 1024 * 1024
     assert entry["aborted"]
     assert entry["served_tokens"] < 60_000
@@ -85,7 +81,7 @@ async def test_a_client_that_stops_reading_is_let_go_and_pays_for_what_was_read(
 
 async def test_a_whole_answer_that_nobody_reads_does_not_stay_in_memory(gateway: Gateway) -> None:
     key = await gateway.key(4 * GRANTED, parallel=1)
-    fields = ask("[[tokens=16384]]Go on.", n=96)  # 6 MB: more than the kernel's buffers take off the gateway's hands
+    fields = ask("[[tokens=16384]]Go on.", n=72)  # 4.5 MB: more than the kernel's buffers take off the gateway's hands
     loop = asyncio.get_running_loop()
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
@@ -93,17 +89,9 @@ async def test_a_whole_answer_that_nobody_reads_does_not_stay_in_memory(gateway:
         await loop.sock_connect(client, ("127.0.0.1", gateway.port))
         await loop.sock_sendall(client, request_bytes(gateway, key, json.dumps(fields).encode()))
         ours = client.getsockname()[1]
-        await until(lambda: _connected(gateway, ours), 5)
+        await until(lambda: connected_from(gateway, ours))
         await gateway.sessions(key, 1)
-        await until(lambda: not _connected(gateway, ours), 6)
-
-
-def _connected(gateway: Gateway, port: int) -> bool:
-    """Whether a process of this instance still has the connection from that port."""
-    for each in psutil.net_connections("tcp4"):
-        if each.raddr and each.raddr[1] == port and each.laddr and each.laddr[1] == gateway.port:
-            return each.pid is not None
-    return False
+        await until(lambda: not connected_from(gateway, ours), 10)
 
 
 async def _drained(client: socket.socket) -> list[str]:
@@ -129,7 +117,7 @@ COMMIT_S, KEEPALIVE_S, TICK_S = 0.6, 0.4, 0.1
 
 async def test_a_slow_provider_is_bridged_with_comments(gateway: Gateway, key: Key) -> None:
     fields = unique(model="sim-slow-headers")
-    async with Lateness() as late:
+    async with Lateness(gateway) as late:
         began = time.monotonic()
         async with post(gateway, key, fields) as call:
             await call.head()

@@ -29,7 +29,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-async def until(done: Callable[[], bool], seconds: float = 15.0) -> None:
+async def until(done: Callable[[], bool], seconds: float = 30.0) -> None:
     async with asyncio.timeout(seconds):
         while not done():
             await asyncio.sleep(0.01)

@@ -11,10 +11,7 @@ from metering.grants import Applied, GrantError, Issued, NewGrant, apply_pending
 from metering.ledger import AccountRef
 from metering.reconcile import audit
 from storage.redis_client import RedisError
-from tests.support.postgres import ledger_database_fixture, postgres_server_fixture
-from tests.support.stack import Stack, eventually, stack_fixture
-
-__all__ = ["ledger_database_fixture", "postgres_server_fixture", "stack_fixture"]
+from tests.support.stack import Stack, eventually
 
 
 async def available(stack: Stack, account: AccountRef) -> int:

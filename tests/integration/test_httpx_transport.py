@@ -55,7 +55,7 @@ async def test_a_stream_left_early_closes_its_connection() -> None:
             async for part in answer.aiter_raw():
                 assert part == b"ab"
                 break
-        await asyncio.wait_for(server.peers[0].gone.wait(), 5)
+        await asyncio.wait_for(server.peers[0].gone.wait(), 15)
 
 
 @both_loops
@@ -102,7 +102,7 @@ async def test_cancelling_a_request_closes_its_connection() -> None:
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
-        await asyncio.wait_for(server.peers[0].gone.wait(), 5)
+        await asyncio.wait_for(server.peers[0].gone.wait(), 15)
         assert transport.counts().active == 0
 
 

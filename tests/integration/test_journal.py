@@ -12,14 +12,7 @@ from metering.journal import Alarm
 from metering.keys import SHARDS
 from storage.database import FAILED
 from tests.support.journal_entries import append, arrived, settle_fields, sums
-from tests.support.postgres import (
-    empty_database_fixture,
-    ledger_database_fixture,
-    postgres_server_fixture,
-)
-from tests.support.stack import Stack, eventually, stack_fixture, uuid7
-
-__all__ = ["empty_database_fixture", "ledger_database_fixture", "postgres_server_fixture", "stack_fixture"]
+from tests.support.stack import Stack, eventually, uuid7
 
 
 async def test_a_session_arrives_once_with_its_rollup_and_leaves_the_outbox(stack: Stack) -> None:

@@ -22,13 +22,9 @@ from storage.redis_client import RedisError
 from tests.support.journal_entries import arrived, settle_fields, sums
 from tests.support.postgres import (
     PostgresServer,
-    ledger_database_fixture,
-    postgres_server_fixture,
 )
 from tests.support.redis_server import RedisServer
-from tests.support.stack import Stack, eventually, open_stack, stack_fixture, uuid7
-
-__all__ = ["ledger_database_fixture", "postgres_server_fixture", "stack_fixture"]
+from tests.support.stack import Stack, eventually, open_stack, uuid7
 
 ROOT = Path(__file__).parents[2]
 UNBALANCED = "SELECT count(*) FROM (SELECT 1 FROM posting GROUP BY shard, ep, n HAVING sum(amount) <> 0) AS uneven"

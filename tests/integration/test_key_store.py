@@ -17,10 +17,7 @@ from accounts.key_lookup import PostgresKeys
 from accounts.key_store import LOOKUPS_MAX, TTL_S, KeyRecord, KeyStore, Principal, record_key
 from storage.database import Pool, connect_pool
 from storage.redis_client import RedisClient, RedisUnavailable
-from tests.support.postgres import ledger_database_fixture, postgres_server_fixture
 from tests.support.redis_server import RedisServer
-
-__all__ = ["ledger_database_fixture", "postgres_server_fixture"]
 
 PEPPER = b"a pepper for these tests"
 FINGERPRINT = keys.fingerprint(PEPPER)

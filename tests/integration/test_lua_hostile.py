@@ -35,7 +35,7 @@ WRITERS = ("reserve", "progress", "settle", "void", "sweep", "grant")
 POISON_CASES = [
     (name, key)
     for name, keys in {
-        "reserve": ("meta", "account", "order", "grants", "session", "leases", "limits"),
+        "reserve": ("meta", "account", "order", "grants", "session", "leases", "limits", "idempotency"),
         "progress": ("meta", "account", "order", "grants", "session", "leases"),
         "settle": ("meta", "account", "order", "grants", "session", "leases", "limits", "outbox"),
         "void": ("meta", "account", "grants", "session", "leases", "limits", "outbox"),
@@ -83,7 +83,7 @@ async def test_a_key_of_the_wrong_type_leaves_every_byte_as_it_was(stand: Stand,
     await prepare(stand, script)
     name = str(stand.keys(script)[key])
     await stand.client.call("DEL", name)
-    await stand.client.call("SET", name, "poison")
+    await stand.client.call(*(("RPUSH", name, "poison") if key == "idempotency" else ("SET", name, "poison")))
     before = await stand.state()
     with pytest.raises(RedisReplyError, match="WRONGTYPE"):
         await stand.run(script, **GENEROUS.get(script, {}))
@@ -135,6 +135,16 @@ async def test_a_damaged_stored_number_stops_the_settlement_whole(
     assert await stand.state() == before
 
 
+@pytest.mark.parametrize("damage", ["", " ", "poison", "s1", "s1 hash more", " hash", "s1\nhash"])
+async def test_a_damaged_idempotency_key_stops_the_reserve_whole(stand: Stand, damage: str) -> None:
+    await prepare(stand, "reserve")
+    await stand.client.call("SET", str(stand.keys("reserve")["idempotency"]), damage)
+    before = await stand.state()
+    with pytest.raises(RedisReplyError, match="BROKEN"):
+        await stand.run("reserve")
+    assert await stand.state() == before
+
+
 @pytest.mark.parametrize("value", ABSURD)
 @pytest.mark.parametrize(("script", "field"), [(s, f) for s, fields in AMOUNTS.items() for f in fields])
 async def test_an_absurd_amount_is_refused_and_changes_nothing(
@@ -177,6 +187,14 @@ async def test_an_id_with_a_separator_is_refused_and_changes_nothing(
     arguments[field] = value
     reply = await stand.client.call("EVAL", chosen.text, *chosen.place(stand.keys(script), arguments))
     assert reply[0] == b"BOUNDS"
+    assert await stand.state() == before
+
+
+@pytest.mark.parametrize("value", [value for value in SEPARATED if value])
+async def test_a_past_session_with_a_separator_is_refused_and_changes_nothing(stand: Stand, value: str) -> None:
+    await prepare(stand, "reserve")
+    before = await stand.state()
+    assert (await stand.run("reserve", past=value))[0] == b"BOUNDS"
     assert await stand.state() == before
 
 

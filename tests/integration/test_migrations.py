@@ -16,9 +16,6 @@ import migrations
 from metering.partitions import ensure, ensure_ahead, next_month
 from storage.base import METADATA
 from storage.database import DatabaseUrlError, connect, connect_pool, dsn, engine, redacted
-from tests.support.postgres import empty_database_fixture, ledger_database_fixture, postgres_server_fixture
-
-__all__ = ["empty_database_fixture", "ledger_database_fixture", "postgres_server_fixture"]
 
 CONSTRAINTS = """
     SELECT conrelid::regclass::text || '.' || conname || ' ' || pg_get_constraintdef(oid) FROM pg_constraint

@@ -11,10 +11,7 @@ from metering.grants import NewGrant, issue, to_ms
 from metering.keys import SHARDS
 from metering.ledger import AccountRef
 from metering.reconcile import AuditReport, audit
-from tests.support.postgres import ledger_database_fixture, postgres_server_fixture
-from tests.support.stack import Stack, eventually, stack_fixture
-
-__all__ = ["ledger_database_fixture", "postgres_server_fixture", "stack_fixture"]
+from tests.support.stack import Stack, eventually
 
 
 async def audited(stack: Stack, wait_s: float = 5.0, only: list[str] | None = None) -> AuditReport:

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -16,7 +18,11 @@ import uvloop
 
 from storage.redis_client import RedisClient, RedisReplyError, RedisUnavailable
 from storage.redis_connection import Address
-from tests.support.redis_server import RedisServer, free_port
+from tests.support.loops import ClosingLoop
+from tests.support.ports import free_port
+from tests.support.redis_server import RedisServer
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -197,7 +203,34 @@ def test_a_blocked_loop_does_not_turn_received_replies_into_time_outs(server: Re
                 ours.close()
                 theirs.close()
 
-    assert uvloop.run(scenario()) == b"patient"
+    assert uvloop.run(scenario(), loop_factory=ClosingLoop) == b"patient"
+
+
+LEFT_OPEN = """
+import sys
+import uvloop
+from storage.redis_client import RedisClient
+from tests.support.loops import ClosingLoop
+
+async def scenario():
+    client = RedisClient(sys.argv[1], call_ms=500, connect_ms=500, pending_max=9)
+    await client.start()
+    await client.subscribe("news", print)
+    raise ValueError("before aclose")
+
+uvloop.run(scenario(), loop_factory=ClosingLoop)
+"""
+
+
+@pytest.mark.parametrize("warnings", ["error", "ignore"])
+def test_a_client_that_an_error_left_open_does_not_keep_the_loop_from_closing(
+    server: RedisServer, warnings: str
+) -> None:
+    command = [sys.executable, "-W", f"{warnings}::ResourceWarning", "-c", LEFT_OPEN, server.url]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=20)
+    assert ended.returncode == 1
+    assert "ValueError: before aclose" in ended.stderr
+    assert ("ResourceWarning: unclosed resource <UnixTransport" in ended.stderr) == (warnings == "error")
 
 
 async def test_closing_ends_every_pending_call(server: RedisServer) -> None:

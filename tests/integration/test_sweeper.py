@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from metering.keys import SHARDS
 from metering.ledger import Gone, Progressed, Swept
 from metering.reconcile import audit
 from metering.sweeper import BATCH, Sweeper
-from tests.support.postgres import ledger_database_fixture, postgres_server_fixture
-from tests.support.stack import Stack, eventually, stack_fixture
-
-__all__ = ["ledger_database_fixture", "postgres_server_fixture", "stack_fixture"]
+from tests.support.stack import Stack, eventually
 
 
 async def expire_leases(stack: Stack, shard: int) -> None:
@@ -98,3 +97,38 @@ async def test_the_loop_sweeps_and_survives_a_frozen_shard_and_lost_redis(stack:
     assert not running.done()
     running.cancel()
     await asyncio.wait([running])
+
+
+async def test_trouble_of_many_shards_is_one_line_when_it_comes_and_one_when_it_goes(
+    stack: Stack, caplog: pytest.LogCaptureFixture
+) -> None:
+    sweeper = Sweeper(stack.ledger)
+
+    async def lines() -> list[str]:
+        """What two passes say: the second one nothing, while all stays as it is."""
+        caplog.clear()
+        await sweeper.sweep_once()
+        await sweeper.sweep_once()
+        return [record.getMessage() for record in caplog.records if record.name == "metering.sweeper"]
+
+    assert await lines() == []
+    shards = [SHARDS[number] for number in (*range(100), 110)]
+    for shard in shards:
+        await stack.redis.call("HSET", shard.meta, "ep", "9")
+    (frozen,) = await lines()
+    assert frozen.startswith("sweeper: 101 shards not swept: LedgerFrozen: ")
+    for shard in shards[:-1]:
+        await stack.redis.call("HSET", shard.meta, "ep", "1")
+    assert await lines() == ["sweeper: 100 shards swept again"]
+    await stack.redis.call("HSET", shards[-1].meta, "ep", "1")
+    assert await lines() == ["sweeper: 1 shard (110) swept again"]
+    stack.server.kill()
+    (away,) = await lines()
+    assert away.startswith("sweeper: 128 shards not swept: LedgerUnavailable: ")
+    stack.server.start()
+
+    async def connected() -> bool:
+        return stack.redis.connected
+
+    await eventually(connected)
+    assert await lines() == ["sweeper: 128 shards swept again"]

@@ -123,7 +123,7 @@ async def test_an_idle_connection_is_closed_after_its_keep_alive_time() -> None:
         assert await whole(transport.open(server.origin, post(server.origin))) == b"ok"
         assert transport.counts().idle == 1
         await until(lambda: transport.counts().connections == 0)
-        await asyncio.wait_for(server.peers[0].gone.wait(), 5)
+        await asyncio.wait_for(server.peers[0].gone.wait(), 15)
 
 
 @both_loops

@@ -97,7 +97,7 @@ async def test_a_malformed_response_is_a_protocol_error_and_closes_the_connectio
             await whole(exchange)
         assert caught.value.sent
         assert not exchange.complete
-        await asyncio.wait_for(server.peers[0].gone.wait(), 5)
+        await asyncio.wait_for(server.peers[0].gone.wait(), 15)
 
 
 TRUNCATED = {
@@ -163,7 +163,7 @@ async def test_unexpected_bytes_on_an_idle_connection_close_it() -> None:
         await whole(transport.open(server.origin, post(server.origin)))
         await server.peers[0].send(OK)
         await until(lambda: transport.counts().connections == 0)
-        await asyncio.wait_for(server.peers[0].gone.wait(), 5)
+        await asyncio.wait_for(server.peers[0].gone.wait(), 15)
 
 
 @both_loops

@@ -42,7 +42,7 @@ async def test_cancellation_closes_the_connection_at_once_in_the_head_and_body_p
             waiting.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await waiting
-            await asyncio.wait_for(server.peers[0].gone.wait(), 5)
+            await asyncio.wait_for(server.peers[0].gone.wait(), 15)
             assert isinstance(exchange.error, ExchangeAborted)
             assert exchange.error.sent
             await until(lambda transport=transport: transport.counts().connections == 0)  # type: ignore[misc]
@@ -78,7 +78,7 @@ async def test_abort_is_synchronous_idempotent_and_wakes_the_reader_with_its_rea
             await waiting
         with pytest.raises(RuntimeError, match="first"):
             await exchange.head()
-        await asyncio.wait_for(server.peers[0].gone.wait(), 5)
+        await asyncio.wait_for(server.peers[0].gone.wait(), 15)
 
 
 @both_loops
@@ -94,7 +94,7 @@ async def test_release_before_the_end_closes_and_after_the_end_keeps_the_connect
         second.release()
         with pytest.raises(ExchangeAborted):
             await second.read()
-        await asyncio.wait_for(server.peers[0].gone.wait(), 5)
+        await asyncio.wait_for(server.peers[0].gone.wait(), 15)
         assert len(server.peers) == 1
 
 

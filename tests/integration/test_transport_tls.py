@@ -222,4 +222,4 @@ async def test_a_silent_handshake_times_out_or_is_cancelled_without_a_socket_lef
             await waiting
         assert isinstance(exchange.error, ExchangeAborted)
         for peer in server.peers:
-            await asyncio.wait_for(peer.gone.wait(), 5)
+            await asyncio.wait_for(peer.gone.wait(), 15)

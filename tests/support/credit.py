@@ -12,6 +12,7 @@ from loadtests.simulated_provider.chat import prompt_tokens
 from metering.ledger import Balance
 from proxy.ids import session_id
 from tests.support.gateway import Gateway, Key, Stores, until
+from tests.support.provider_log import provider_log
 from tests.support.raw_client import ask, post
 
 GRANTED = 1_000_000
@@ -26,12 +27,12 @@ async def send(gateway: Gateway, key: Key, fields: dict[str, Any] | bytes) -> ht
     """A call with a JSON answer."""
     body = fields if isinstance(fields, bytes) else json.dumps(fields).encode()
     headers = {"authorization": f"Bearer {key.text}", "content-type": "application/json"}
-    async with httpx2.AsyncClient(timeout=20) as client:
+    async with httpx2.AsyncClient(verify=False, timeout=20) as client:
         return await client.post(f"{gateway.url}/v1/chat/completions", content=body, headers=headers)
 
 
 async def upstream(gateway: Gateway, path: str) -> httpx2.Response:
-    async with httpx2.AsyncClient() as client:
+    async with httpx2.AsyncClient(verify=False) as client:
         return await client.get(f"{gateway.provider}{path}")
 
 
@@ -74,7 +75,7 @@ async def held(stores: Stores, key: Key) -> Balance:
         balance = await stores.ledger.balance(key.account)
         return balance if balance.held else None
 
-    balance: Balance = await until(holding, 5, every=0.005)
+    balance: Balance = await until(holding, every=0.005)
     return balance
 
 
@@ -83,19 +84,23 @@ def unique(steer: str = "", **fields: Any) -> dict[str, Any]:
     return ask(f"{steer}Answer {session_id()}.", stream=True, stream_options={"include_usage": True}, **fields)
 
 
-async def logged(gateway: Gateway, fields: dict[str, Any], *, over: bool = False, answered: bool = False) -> Any:
-    """The provider's log entry of a request, by its body; once it has answered, or once it is over."""
+async def logged(
+    gateway: Gateway, fields: dict[str, Any], *, over: bool = False, answered: bool = False, at: str = ""
+) -> Any:
+    """The provider's log entry of a request, by its body; once it has answered, or once it is over.
+
+    `at` is the address of another simulated provider than the gateway's own.
+    """
     digest = hashlib.sha256(json.dumps(fields).encode()).hexdigest()
-    async with httpx2.AsyncClient() as client:
+    async with httpx2.AsyncClient(verify=False) as client:
 
         async def find() -> Any:
-            entries = (await client.get(f"{gateway.provider}/__log")).json()
-            for entry in entries:
+            for entry in await provider_log(at or gateway.provider).entries(client):
                 if entry["body_sha256"] == digest and not (over and entry["running"]):
                     return entry if entry["status"] or not answered else None
             return None
 
-        return await until(find, 10, every=0.005)
+        return await until(find, every=0.005)
 
 
 async def settled_once(gateway: Gateway, key: Key) -> dict[str, Any]:

@@ -21,7 +21,8 @@ import psutil
 
 from metering.keys import SHARDS
 from metering.ranks import encoding
-from tests.support.gateway import Gateway, Key, Stores, config_text, until
+from storage.embedded_process import read_record
+from tests.support.gateway import LATE_S, Gateway, Key, Stores, config_text, until
 
 MODEL = "gpt-4o-mini"
 DONE = b"data: [DONE]\n\n"
@@ -88,11 +89,11 @@ class Stream:
         """The in-band error, if one came."""
         return next((frame["error"] for frame in self.frames if "error" in frame), None)
 
-    async def flowing(self, frames: int, seconds: float = 10) -> None:
+    async def flowing(self, frames: int, seconds: float = LATE_S) -> None:
         """Until so many frames have come."""
         await until(lambda: len(self.frames) >= frames or self._failed(), seconds)
 
-    async def ended(self, seconds: float = 12) -> None:
+    async def ended(self, seconds: float = LATE_S) -> None:
         """Until the response has ended, one way or the other."""
         assert self.task is not None
         async with asyncio.timeout(seconds):
@@ -110,7 +111,7 @@ class Stream:
     async def read(self) -> None:
         """Ask and read to the end."""
         url = f"{self.gateway.url}/v1/chat/completions"
-        async with httpx2.AsyncClient(timeout=30, headers=bearer(self.key)) as client:
+        async with httpx2.AsyncClient(verify=False, timeout=30, headers=bearer(self.key)) as client:
             with contextlib.suppress(httpx2.TransportError):
                 async with client.stream("POST", url, json=self.body) as response:
                     self.status = response.status_code
@@ -168,11 +169,25 @@ async def terminal_entries(stores: Stores, session: str) -> tuple[int, int]:
     return entries, rows
 
 
-def server_pids(gateway: Gateway, name: str) -> list[int]:
-    """The processes of one embedded server, the main one first."""
-    home = gateway.data_dir.resolve() / name
-    main = json.loads((home.parent / "servers" / f"{name}.json").read_text())["pid"]
-    return [main, *(process.pid for process in _inside(home) if process.pid != main)]
+def server_pid(gateway: Gateway, name: str) -> int | None:
+    """The main process of one embedded server; None while the supervisor starts it again, when no record names it."""
+    record = read_record(gateway.data_dir.resolve() / "servers", name)
+    return record.pid if record is not None and alive(record.pid) else None
+
+
+async def server_pids(gateway: Gateway, name: str) -> list[int]:
+    """The processes of one embedded server, the main one first, once it runs."""
+    main: int = await until(lambda: server_pid(gateway, name))
+    return [main, *(process.pid for process in _inside(gateway.data_dir.resolve() / name) if process.pid != main)]
+
+
+def names(pids: Iterable[int]) -> set[str]:
+    """The programs' names; a process that has ended since it was found has none."""
+    found = set()
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.add(psutil.Process(pid).name())
+    return found
 
 
 def instance_pids(gateway: Gateway) -> set[int]:
@@ -230,13 +245,13 @@ def nothing_left(gateway: Gateway) -> Iterator[None]:
 async def readiness(gateway: Gateway) -> tuple[int, dict[str, str]]:
     """The readiness answer: its status and the word of each part. (0, {}) when nobody answers."""
     with contextlib.suppress(httpx2.TransportError):
-        async with httpx2.AsyncClient(timeout=10) as client:
+        async with httpx2.AsyncClient(verify=False, timeout=20) as client:
             answer = await client.get(f"{gateway.url}/health/ready")
             return answer.status_code, answer.json()["parts"]
     return 0, {}
 
 
-async def ready(gateway: Gateway, seconds: float = 10) -> None:
+async def ready(gateway: Gateway, seconds: float = LATE_S) -> None:
     """Until every part says ok."""
 
     async def everything() -> bool:

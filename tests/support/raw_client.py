@@ -11,14 +11,17 @@ import json
 import socket
 import struct
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
+
 from tests.support.gateway import Gateway, Key
 
-READ_S = 15.0
+READ_S = 30.0
 COMMENT = "comment"
 DONE = "[DONE]"
 
@@ -58,6 +61,7 @@ class RawCall:
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
     frames: list[Frame] = field(default_factory=list)
+    unread: bytes = b""
 
     async def head(self) -> None:
         """Read the status line and the headers."""
@@ -85,15 +89,21 @@ class RawCall:
 
     async def events(self) -> AsyncIterator[Frame]:
         """Frames as they come, to the end of the body; every one also stays in `frames`."""
-        buffer = b""
+        for frame in self._unseen():
+            yield frame
         async with contextlib.aclosing(self._chunks()) as chunks:  # type: ignore[type-var]
             async for data in chunks:
-                buffer += data
-                *frames, buffer = buffer.split(b"\n\n")
-                for frame in frames:
-                    self.frames.append(_frame(frame))
-                    yield self.frames[-1]
-        assert buffer == b""
+                self.unread += data
+                for frame in self._unseen():
+                    yield frame
+        assert self.unread == b""
+
+    def _unseen(self) -> Iterator[Frame]:
+        """The frames at hand; who stops in their midst finds the others later."""
+        while b"\n\n" in self.unread:
+            frame, _, self.unread = self.unread.partition(b"\n\n")
+            self.frames.append(_frame(frame))
+            yield self.frames[-1]
 
     async def rest(self) -> list[Frame]:
         """Read to the end; all frames."""
@@ -158,11 +168,29 @@ async def post(gateway: Gateway, key: Key, fields: dict[str, Any] | bytes) -> As
             await writer.wait_closed()
 
 
+def connected_from(gateway: Gateway, port: int) -> bool:
+    """Whether a process of this instance still has the connection from that port of this machine."""
+    for each in psutil.net_connections("tcp4"):
+        if each.raddr and each.raddr[1] == port and each.laddr and each.laddr[1] == gateway.port:
+            return each.pid is not None
+    return False
+
+
 class Lateness:
-    """How late this process and machine were at the worst while it was entered, in ms: the noise of a measurement."""
+    """How late this process and machine were at the worst while it was entered, in ms: the noise of a measurement.
+
+    With a gateway also what its processes waited for a free core (Linux says so), which is the machine's doing.
+    """
+
+    def __init__(self, gateway: Gateway | None = None) -> None:
+        self._pids: list[int] = []
+        if gateway is not None:
+            for module in ("gateway.worker", "loadtests.simulated_provider"):
+                self._pids += gateway.children(module)
 
     async def __aenter__(self) -> Lateness:
         self.ms = 0.0
+        self._waited_ms = sum(map(_waited_ms, self._pids))
         self._task = asyncio.create_task(self._watch())
         return self
 
@@ -176,3 +204,12 @@ class Lateness:
         self._task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
+        self.ms += max(0.0, sum(map(_waited_ms, self._pids)) - self._waited_ms)
+
+
+def _waited_ms(pid: int) -> float:
+    """How long the process was ready to run without a core, since it began; 0 where the system does not say."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1_000_000
+    except (OSError, IndexError):
+        return 0.0

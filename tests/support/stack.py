@@ -94,7 +94,7 @@ class Stack:
         await self.redis.aclose()
 
 
-async def eventually(holds: Callable[[], Awaitable[bool]], within_s: float = 20.0) -> None:
+async def eventually(holds: Callable[[], Awaitable[bool]], within_s: float = 30.0) -> None:
     """Poll until it holds."""
     deadline = time.monotonic() + within_s
     while not await holds():

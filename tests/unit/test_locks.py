@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
-LOCKS = ["requirements.lock", "requirements-dev.lock", "requirements-real-build.lock", "requirements-real.lock"]
+LOCKS = [f"requirements{kind}.lock" for kind in ("", "-dev", "-real-build", "-real", "-bench")]
 RUNTIME, DEVELOPMENT = ["requirements.in"], ["requirements.in", "requirements-dev.in"]
 PLATFORMS = [
     {"sys_platform": system, "platform_system": name, "platform_machine": machine, "python_version": python}

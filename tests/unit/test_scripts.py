@@ -15,7 +15,7 @@ from metering.scripts import FOLDER, NAMES, Script, Word
 LOADED = scripts.load()
 FILES = sorted(FOLDER.glob("*.lua"))
 READS = frozenset(("GET", "HGET", "HMGET", "HGETALL", "HLEN", "ZCARD", "ZSCORE", "ZRANGE", "ZRANGEBYSCORE", "TIME"))
-WRITES = frozenset(("HSET", "HSETNX", "HDEL", "DEL", "ZADD", "ZREM", "XADD", "PEXPIRE"))
+WRITES = frozenset(("SET", "HSET", "HSETNX", "HDEL", "DEL", "ZADD", "ZREM", "XADD", "PEXPIRE"))
 
 
 def code(text: str) -> str:

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from config.settings import ConfigError, Provider, Settings, load, read_secrets
+from config.settings import (
+    METRICS_LISTEN_ENV,
+    ConfigError,
+    Provider,
+    Settings,
+    load,
+    read_secrets,
+    with_metrics_listen,
+)
 from gateway.openai_models import offered_routes
 from storage.database import DatabaseUrlError, dsn
 
@@ -113,6 +121,14 @@ def test_a_metrics_address_that_cannot_be_read_is_refused_at_the_start(tmp_path:
 @pytest.mark.parametrize("listen", ["127.0.0.1:9464", ":9464", "[::]:9464", "metrics.internal:1"])
 def test_a_metrics_address_is_taken(tmp_path: Path, listen: str) -> None:
     assert load(written(tmp_path, f'[server]\nmetrics_listen = "{listen}"\n')).server.metrics_listen == listen
+
+
+def test_the_environments_metrics_address_wins_over_the_files() -> None:
+    settings = Settings()
+    assert with_metrics_listen(settings, {}) is settings
+    assert with_metrics_listen(settings, {METRICS_LISTEN_ENV: ":1"}).server.metrics_listen == ":1"
+    with pytest.raises(ConfigError, match=f"{METRICS_LISTEN_ENV}: .* host:port"):
+        with_metrics_listen(settings, {METRICS_LISTEN_ENV: "9464"})
 
 
 KEYED = Settings(providers={"p": Provider(kind="openai", base_url="https://host/v1", api_key_env="THE_KEY")})

@@ -102,5 +102,6 @@ def _ready(health_of: Health) -> Handler:
 
 
 async def _metrics(scope: Scope, receive: Receive, send: Send) -> None:
+    telemetry.publish()  # what this worker has counted since its last tick
     text, content_type = health.metrics_text()
     await _answer(send, 200, text, content_type.encode())

@@ -115,11 +115,17 @@ class BoundedProtocol(HttpToolsProtocol):
             self._close_later()
 
     def on_url(self, url: bytes) -> None:
-        self._grow(len(url))
-        super().on_url(url)
+        self._head_bytes += len(url)
+        self._unread_bytes = 0
+        if self._head_bytes > HEAD_BYTES_MAX:
+            raise HeadTooLarge
+        self.url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._grow(len(name) + len(value))
+        self._head_bytes += len(name) + len(value)
+        self._unread_bytes = 0
+        if self._head_bytes > HEAD_BYTES_MAX or len(self.headers) > HEADERS_MAX:
+            raise HeadTooLarge  # the parser stops here; an aborted transport would let it go on to the handler
         if self._head_due:
             name = name.lower()
             if name == b"expect" and value.lower() == b"100-continue":
@@ -203,12 +209,6 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _answered_early(self) -> bool:
         return self.cycle.response_complete and self.cycle.more_body
-
-    def _grow(self, size: int) -> None:
-        self._head_bytes += size
-        self._unread_bytes = 0
-        if self._head_bytes > HEAD_BYTES_MAX or len(self.headers) > HEADERS_MAX:
-            raise HeadTooLarge  # the parser stops here; an aborted transport would let it go on to the handler
 
     def _close_later(self) -> None:
         self._timer = self.loop.call_later(self.header_ms / 1000, self._too_slow)

@@ -47,11 +47,13 @@ class ChatCall(msgspec.Struct, frozen=True):
 
 
 class UpstreamRequest(msgspec.Struct, frozen=True):
-    """What to send: method, target (path and query) and headers without host and content-length."""
+    """What to send: method, target (path and query) and headers without host and content-length: those that every
+    such request has, and this one's `own`."""
 
     method: bytes
     target: bytes
-    headers: list[tuple[bytes, bytes]]
+    headers: tuple[tuple[bytes, bytes], ...]
+    own: tuple[tuple[bytes, bytes], ...]
     body: bytes
 
 

@@ -29,6 +29,13 @@ from providers.sse import FrameTooLarge, SseSplitter
 UNREADABLE = (msgspec.DecodeError, RecursionError, ValueError)
 """What decoding provider bytes raises (UnicodeDecodeError is a ValueError)."""
 OURS = b'"x_tollgate"'
+_HEADERS = (
+    (b"content-type", b"application/json"),
+    (b"accept-encoding", b"identity"),
+    (b"user-agent", b"tollgate"),
+)
+_STREAM_HEADERS = (*_HEADERS, (b"accept", b"text/event-stream"))
+_WHOLE_HEADERS = (*_HEADERS, (b"accept", b"application/json"))
 _IGNORED_EVENTS = frozenset((b"ping", b"keepalive", b"heartbeat"))
 
 
@@ -47,16 +54,11 @@ class OpenAICodec:
 
     def request(self, call: ChatCall, request_id: str) -> UpstreamRequest:
         """POST to `<base>/chat/completions` with our key and nothing of the client's headers."""
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"accept", b"text/event-stream" if call.stream else b"application/json"),
-            (b"accept-encoding", b"identity"),
-            (b"user-agent", b"tollgate"),
-            (b"x-request-id", request_id.encode()),
-        ]
+        headers: tuple[tuple[bytes, bytes], ...] = _STREAM_HEADERS if call.stream else _WHOLE_HEADERS
         if self._upstream.key is not None:
-            headers.append((b"authorization", b"Bearer " + self._upstream.key.encode()))
-        return UpstreamRequest(b"POST", self._upstream.target + b"/chat/completions", headers, call.body)
+            headers = (*headers, (b"authorization", b"Bearer " + self._upstream.key.encode()))
+        own = ((b"x-request-id", request_id.encode()),)
+        return UpstreamRequest(b"POST", self._upstream.target + b"/chat/completions", headers, own, call.body)
 
     def feed(self, data: bytes) -> list[Event]:
         """Events completed by `data`; after `Failed` or `Completed` there are no more."""

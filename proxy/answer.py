@@ -18,9 +18,10 @@ Headers = list[tuple[bytes, bytes]]
 
 def credits_text(micros: int) -> str:
     """Micros as exact decimal credits without trailing zeros: 1_500_000 -> "1.5"."""
-    whole, part = divmod(abs(micros), MICROS)
-    text = f"{whole}.{part:06d}".rstrip("0").rstrip(".")
-    return f"-{text}" if micros < 0 else text
+    if micros < 0:
+        return f"-{credits_text(-micros)}"
+    whole, part = divmod(micros, MICROS)
+    return f"{whole}.{part:06d}".rstrip("0") if part else str(whole)
 
 
 Reply = Settled | Gone | None

@@ -6,15 +6,22 @@ Must not: open sockets, or take an address, a key or a header from a caller's re
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 _PORTS = {"http": 80, "https": 443}
 _HOST = re.compile(r"[A-Za-z0-9._-]{1,253}|[0-9A-Fa-f:.]{2,45}")
-_HEAD = re.compile(
-    rb"[A-Z]{1,32} [!-~]+ HTTP/1\.1\r\n"
+_FIRST = re.compile(rb"[A-Z]{1,32} [!-~]+ HTTP/1\.1\r\n")
+_HEADERS = re.compile(
     rb"(?:(?!(?i:host|content-length|transfer-encoding):)[!#$%&'*+.^_`|~0-9A-Za-z-]+: [^\r\n\0]*\r\n)*"
 )
+_REFUSED = "the method, the target or a header is not allowed in an upstream request"
+HEADS_KEPT = 1_000
+"""Heads of requests that are kept ready: one or two for each provider and model."""
+
+Header = tuple[bytes, bytes]
 _WITH_BODY = frozenset((b"POST", b"PUT", b"PATCH"))
 
 
@@ -58,18 +65,37 @@ class Origin:
 
 
 def build_request(
-    method: bytes, target: bytes, origin: Origin, headers: list[tuple[bytes, bytes]], body: bytes
+    method: bytes,
+    target: bytes,
+    origin: Origin,
+    headers: Sequence[Header],
+    body: bytes,
+    own: Sequence[Header] = (),
 ) -> bytes:
-    """The whole request: head with Host and Content-Length added, then the body.
+    """The whole request: head with Host and Content-Length added, then the body. `headers` are those that many
+    requests share (they are checked once), `own` this one's.
 
     Raises ValueError when the method, the target or a header could change the message's framing (CR, LF, NUL, a name
-    that is no token) or when `headers` has Host, Content-Length or Transfer-Encoding. The error never names a value.
+    that is no token) or when Host, Content-Length or Transfer-Encoding are given. The error never names a value.
     """
-    lines = [b"%b %b HTTP/1.1\r\n" % (method, target)]
-    lines += [b"%b: %b\r\n" % pair for pair in headers]
-    head = b"".join(lines)
-    if not _HEAD.fullmatch(head) or head.count(b"\n") != len(lines) or any(b":" in name for name, _ in headers):
-        raise ValueError("the method, the target or a header is not allowed in an upstream request")
+    head = _head(method, target, origin.authority, tuple(headers))
+    if own:
+        head += _lines(own)
     if body or method in _WITH_BODY:
-        return b"%bhost: %b\r\ncontent-length: %d\r\n\r\n%b" % (head, origin.authority, len(body), body)
-    return b"%bhost: %b\r\n\r\n" % (head, origin.authority)
+        return b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body)
+    return head + b"\r\n"
+
+
+@lru_cache(maxsize=HEADS_KEPT)
+def _head(method: bytes, target: bytes, authority: bytes, headers: tuple[Header, ...]) -> bytes:
+    first = b"%b %b HTTP/1.1\r\n" % (method, target)
+    if not _FIRST.fullmatch(first):
+        raise ValueError(_REFUSED)
+    return b"%b%bhost: %b\r\n" % (first, _lines(headers), authority)
+
+
+def _lines(headers: Sequence[Header]) -> bytes:
+    lines = b"".join([b"%b: %b\r\n" % pair for pair in headers])
+    if not _HEADERS.fullmatch(lines) or lines.count(b"\n") != len(headers) or any(b":" in name for name, _ in headers):
+        raise ValueError(_REFUSED)
+    return lines

@@ -44,15 +44,15 @@ class PooledTransport(httpx2.AsyncBaseTransport):
         headers = [pair for pair in request.headers.raw if pair[0].lower() not in _OURS]
         try:
             raw = build_request(
-                request.method.encode("ascii"), request.url.raw_path, origin, headers, await request.aread()
+                request.method.encode("ascii"), request.url.raw_path, origin, (), await request.aread(), headers
             )
         except ValueError as error:
             raise httpx2.LocalProtocolError(str(error), request=request) from error
         timeout: Mapping[str, float | None] = request.extensions.get("timeout", {})
         read = _milliseconds(timeout.get("read"))
-        exchange = self._transport.open(
-            origin, raw, connect_ms=_milliseconds(timeout.get("connect")), head_ms=read, idle_ms=read
-        )
+        connect = _milliseconds(timeout.get("connect"))
+        deadlines = self._transport.deadlines_with(connect_ms=connect, head_ms=read, idle_ms=read)
+        exchange = self._transport.open(origin, raw, deadlines)
         try:
             await exchange.head()
         except TransportError as error:

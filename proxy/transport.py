@@ -106,34 +106,40 @@ class Transport:
         self,
         origin: Origin,
         request: bytes,
-        *,
-        connect_ms: int | None = None,
-        head_ms: int | None = None,
-        idle_ms: int | None = None,
-        total_ms: int | None = None,
+        deadlines: Deadlines | None = None,
     ) -> Exchange:
         """Send a whole request (`build_request`): at once on an idle connection, else as soon as a new one is there.
 
-        Never raises for the upstream's sake: every failure is the exchange's `error`. The times override the limits.
+        Never raises for the upstream's sake: every failure is the exchange's `error`. `deadlines` are used instead of
+        the limits' own (`deadlines_with`).
         """
         loop = self._loop or self._bind()
         self.now = loop.time()
-        deadlines = self.deadlines
-        if not (connect_ms is None and head_ms is None and idle_ms is None and total_ms is None):
-            deadlines = Deadlines(
-                _seconds(connect_ms, deadlines.connect),
-                _seconds(head_ms, deadlines.head),
-                _seconds(idle_ms, deadlines.idle),
-                _seconds(total_ms, deadlines.total),
-            )
         pool = self._pools.get(origin) or self._pool(origin)
-        exchange = Exchange(pool, request, deadlines, loop)
+        exchange = Exchange(pool, request, deadlines or self.deadlines, loop)
         self.active.add(exchange)
         pool.start(exchange)
         if self._timer is None and not self._closed:
             self._swept = self.now
             self._timer = loop.call_later(TICK, self._sweep)
         return exchange
+
+    def deadlines_with(
+        self,
+        *,
+        connect_ms: int | None = None,
+        head_ms: int | None = None,
+        idle_ms: int | None = None,
+        total_ms: int | None = None,
+    ) -> Deadlines:
+        """The limits' deadlines with these in place of theirs."""
+        limits = self.deadlines
+        return Deadlines(
+            _seconds(connect_ms, limits.connect),
+            _seconds(head_ms, limits.head),
+            _seconds(idle_ms, limits.idle),
+            _seconds(total_ms, limits.total),
+        )
 
     def counts(self) -> Counts:
         """How much is in use now."""

@@ -80,6 +80,8 @@ class Upstreams:
         self._transport = transport
         self._bounds = bounds
         self._confirm = confirm
+        self._stream_deadlines = transport.deadlines_with(head_ms=bounds.headers_ms)
+        self._whole_deadlines = transport.deadlines_with(head_ms=bounds.headers_nonstream_ms)
 
     async def open_stream(self, session: LiveSession, call: PreparedCall) -> Opened:
         """The first candidate that streams content. Raises CallError (the last failure) or SessionEnded."""
@@ -177,8 +179,8 @@ class Upstreams:
         session.attempts.append(attempt)
         exchange = self._transport.open(
             candidate.origin,
-            build_request(out.method, out.target, candidate.origin, out.headers, out.body),
-            head_ms=self._bounds.headers_ms if request.stream else self._bounds.headers_nonstream_ms,
+            build_request(out.method, out.target, candidate.origin, out.headers, out.body, out.own),
+            self._stream_deadlines if request.stream else self._whole_deadlines,
         )
         session.exchange = exchange
         session.request_sent = False

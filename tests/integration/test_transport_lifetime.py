@@ -158,7 +158,7 @@ async def test_the_total_time_limit_ends_a_lively_stream() -> None:
             await asyncio.sleep(0.01)
 
     async with RawServer(script) as server, transport_with() as transport:
-        exchange = transport.open(server.origin, post(server.origin), total_ms=300)
+        exchange = transport.open(server.origin, post(server.origin), transport.deadlines_with(total_ms=300))
         with pytest.raises(UpstreamTimeout) as caught:
             await whole(exchange)
         assert caught.value.bound == "total"

@@ -214,7 +214,7 @@ async def test_a_silent_handshake_times_out_or_is_cancelled_without_a_socket_lef
         with pytest.raises(UpstreamTimeout) as caught:
             await transport.open(origin, post(origin)).head()
         assert (caught.value.bound, caught.value.sent) == ("connect", False)
-        exchange = transport.open(origin, post(origin), connect_ms=60_000)
+        exchange = transport.open(origin, post(origin), transport.deadlines_with(connect_ms=60_000))
         waiting = asyncio.create_task(exchange.head())
         await until(lambda: len(server.peers) == 2)
         waiting.cancel()

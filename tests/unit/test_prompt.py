@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metering.prompt import (
+    _ROLE_TOKENS,
     FILE_TOKENS_MAX,
     FILE_TOKENS_UNKNOWN,
     IMAGE_TOKENS_ORIGINAL,
@@ -301,3 +302,8 @@ def test_text_in_many_messages_shares_one_bound() -> None:
     few = estimate_prompt(O200K, "gpt-4o", messages, exact_bytes_max=5_000)
     assert few.kind == "estimated"
     assert few.tokens > 2 * tokens("gpt-4o", messages)
+
+
+@pytest.mark.parametrize("name", ["o200k_base", "cl100k_base"])
+def test_roles_have_the_tokens_that_are_written_down_for_them(name: str) -> None:
+    assert {role: count_text(encoding(name), role) for role in _ROLE_TOKENS} == _ROLE_TOKENS

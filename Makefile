@@ -31,7 +31,7 @@ include make/bench.mk
 include make/load.mk
 
 clean:  ## remove .venv and caches (data folders stay)
-	rm -rf $(VENV) .venv-real .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .venv-real .venv-bench .venv-lock .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis *.egg-info
 
 # The version check comes first: pip's own message about an old Python is a riddle.
 $(BIN)/python:

@@ -5,7 +5,7 @@ Must not: put a stack, a path, SQL or a secret into an answer; what is unknown i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,9 @@ from proxy.ids import request_id
 from proxy.routes import ClientGone
 
 log = structlog.get_logger()
+Send = Callable[[Any], Awaitable[None]]
+NAMED = (call.CallError, keys.KeyRefused, keys.KeysUnavailable, ClientGone)
+"""What handlers raise on purpose; anything else is a fault of ours."""
 
 _INVALID, _SERVER, _LIMIT = "invalid_request_error", "server_error", "rate_limit_error"
 _QUOTA = "insufficient_quota"
@@ -128,19 +131,36 @@ def headers_of(error: Exception) -> dict[str, str]:
 
 def handle(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:
     """Litestar's exception handler for everything."""
-    if isinstance(error, ClientGone):
-        return Response(b"", status_code=400)
-    public = _public(request, error)
+    status, headers, body = _answer(request.scope, _public(request, error))
+    return Response(body, status_code=status, headers=headers, media_type="application/json")
+
+
+async def answer(scope: Mapping[str, Any], send: Send, error: Exception) -> None:
+    """Answer a request that failed before its response began, without the framework."""
+    status, fields, body = _answer(scope, error)
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(body)),
+        *((name.encode("latin-1"), value.encode("latin-1")) for name, value in fields.items()),
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def _answer(scope: Mapping[str, Any], public: Exception) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body of an error; its log line and its count."""
+    if isinstance(public, ClientGone):
+        return 400, {}, b""
     look = shown(public)
-    state: Mapping[str, Any] = request.scope.get("state", {})
+    state: Mapping[str, Any] = scope.get("state", {})
     identity = state.get("request_id") or request_id()
     if look.status == 500 and not isinstance(public, call.ProviderError):
-        log.error("request failed", request_id=identity, path=_path(request), exc_info=error)
+        log.error("request failed", request_id=identity, path=_path(scope), exc_info=public)
     else:
         log.info(
             "refused",
             request_id=identity,
-            path=_path(request),
+            path=_path(scope),
             status=look.status,
             code=look.code,
             error=type(public).__name__,
@@ -151,8 +171,7 @@ def handle(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:
         )
     telemetry.REQUESTS.labels(look.status, _label(public, look)).inc()
     headers = {"x-request-id": identity, **headers_of(public)}
-    body = msgspec.json.encode({"error": error_object(public)})
-    return Response(body, status_code=look.status, headers=headers, media_type="application/json")
+    return look.status, headers, msgspec.json.encode({"error": error_object(public)})
 
 
 def _label(error: Exception, look: Shown) -> str:
@@ -163,13 +182,13 @@ def _label(error: Exception, look: Shown) -> str:
 def _public(request: Request[Any, Any, Any], error: Exception) -> Exception:
     """Framework errors under our names."""
     if isinstance(error, MethodNotAllowedException | NotFoundException):
-        return call.RouteNotFound(f"Invalid URL ({request.method} {_path(request)})")
+        return call.RouteNotFound(f"Invalid URL ({request.method} {_path(request.scope)})")
     if isinstance(error, HTTPException) and error.status_code < 500:
         return call.InvalidValue("The request is not valid.")
     return error
 
 
-def _path(request: Request[Any, Any, Any]) -> str:
+def _path(scope: Mapping[str, Any]) -> str:
     """The path as far as it is safe to repeat and to log."""
-    path = request.scope["path"]
+    path: str = scope["path"]
     return path[:200] if path.isprintable() else "/"

@@ -6,18 +6,40 @@ Must not: know a path, a status' meaning or a session.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+from gateway import errors
+from proxy.errors import InternalError
 
 
 class Cycle(RequestResponseCycle):
     """ASGI's `receive` and `send`. The head waits for the first piece of the body, so that both are one write."""
 
+    disconnected = response_started = response_complete = False
+    more_body = True
+    chunked_encoding: bool | None = None
+    expected_content_length = 0
     on_gone: Callable[[], None] | None = None
     """Called once when the connection is lost while this request is not answered."""
     _head = b""
+
+    def __init__(self, connection: HttpToolsProtocol, *, keep_alive: bool) -> None:
+        """For the request whose head `connection` has just read. (All that the class above sets and this does not, it
+        would use for access lines, which are not its work here.)"""
+        self.scope = connection.scope
+        self.transport = connection.transport
+        self.flow = connection.flow
+        self.logger = connection.logger
+        self.default_headers = connection.server_state.default_headers
+        self.message_event = asyncio.Event()
+        self.on_response = connection.on_response_complete
+        self.keep_alive = keep_alive
+        self.waiting_for_100_continue = connection.expect_100_continue
+        self.body = bytearray()
 
     async def send(self, message: Any) -> None:
         """As ASGI says. Raises RuntimeError for messages out of order or a body that is not its announced length."""
@@ -41,6 +63,14 @@ class Cycle(RequestResponseCycle):
         self._head = b""
         return True
 
+    def respond(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> bool:
+        """Send a whole response at once. False, with nothing sent, when that must wait (or will never be)."""
+        if self.flow.write_paused or self.disconnected or self.response_started:
+            return False
+        self._start(status, headers)
+        self._body(body, False)
+        return True
+
     async def receive(self) -> Any:
         """As ASGI says. Reading goes on behind the body: that is how the client's end is seen."""
         message = await super().receive()
@@ -59,6 +89,10 @@ class Cycle(RequestResponseCycle):
     def abort(self) -> None:
         """Drop the connection with all that waits in it."""
         self.transport.abort()
+
+    async def send_500_response(self) -> None:
+        """What uvicorn sends when the application failed, in the form of all errors."""
+        await errors.answer(self.scope, self.send, InternalError())
 
     def gone(self) -> None:
         """The connection is lost."""

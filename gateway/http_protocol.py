@@ -24,6 +24,7 @@ from proxy.ids import request_id
 HEAD_BYTES_MAX = 64 * 1024
 HEADERS_MAX = 200
 WRITE_GRACE_S = 0.5
+SWEEP_S = 1.0
 
 
 class HeadTooLarge(Exception):
@@ -45,13 +46,15 @@ class BoundedProtocol(HttpToolsProtocol):
     _running: Cycle | None = None
     _head_bytes = 0
     _head_due = True
+    """Whether fields belong to a request's head, and not to what follows its body."""
+    _head_open = False
+    """Whether a head has begun and not ended."""
+    _idle: IdleConnections
     _unread_bytes = 0
     """Received since the parser last told anything."""
 
     def data_received(self, data: bytes) -> None:
-        self._unset_keepalive_if_required()
-        if self._between():
-            self._close_later()  # also when no request begins with these bytes: line ends may come before one
+        self._idle.discard(self)
         if self._unread_bytes > HEAD_BYTES_MAX:  # an endless field, chunk extension or trailer: the parser gathers it
             self.send_400_response("")
             return
@@ -60,6 +63,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self._feed(data)
         except httptools.HttpParserError:
             self.send_400_response("")
+        if self._timer is None and (self._head_open or self._between()):
+            self._close_later()  # also when no request began with these bytes: line ends may come before one
 
     def _feed(self, data: bytes | memoryview) -> None:
         """Parse. The parser drops the body of a request that offers to change the protocol, so the head of such a
@@ -82,7 +87,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def _between(self) -> bool:
         """Whether a request was answered and nothing of the next one has come."""
         cycle = self.cycle
-        return self._timer is None and cycle is not None and cycle.response_complete and not cycle.more_body
+        return cycle is not None and cycle.response_complete and not cycle.more_body
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -92,7 +97,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop_timer()
         self._stop_write_timer()
         super().connection_lost(exc)
-        self._unset_keepalive_if_required()  # the one above it does so only after a proper end
+        self._idle.discard(self)
         running = self._running
         if running is not None and not running.response_complete:
             running.disconnected = True  # the one above it knows only the newest, which may wait behind this one
@@ -110,9 +115,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._head_bytes = self._unread_bytes = 0
-        self._head_due = True
-        if self._timer is None:
-            self._close_later()
+        self._head_due = self._head_open = True
 
     def on_url(self, url: bytes) -> None:
         self._head_bytes += len(url)
@@ -150,7 +153,7 @@ class BoundedProtocol(HttpToolsProtocol):
                 raise Tunnel
             return  # comes again, see _feed
         self._stop_timer()
-        self._head_due = False
+        self._head_due = self._head_open = False
         if not self.transport.is_closing():  # else a request behind the one that ended the connection
             self._begin()
 
@@ -164,19 +167,7 @@ class BoundedProtocol(HttpToolsProtocol):
         scope["path"] = unquote(path) if "%" in path else path
         scope["raw_path"] = url.path
         scope["query_string"] = url.query or b""
-        self.cycle = cycle = Cycle(
-            scope=scope,
-            transport=self.transport,
-            flow=self.flow,
-            logger=self.logger,
-            access_logger=self.access_logger,
-            access_log=False,
-            default_headers=self.server_state.default_headers,
-            message_event=asyncio.Event(),
-            expect_100_continue=self.expect_100_continue,
-            keep_alive=version != "1.0" and parser.should_keep_alive(),
-            on_response=self.on_response_complete,
-        )
+        self.cycle = cycle = Cycle(self, keep_alive=version != "1.0" and parser.should_keep_alive())
         scope["state"]["connection"] = cycle
         if before is None or before.response_complete:
             self._start_asgi_task(cycle, self.app)
@@ -193,7 +184,15 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def on_response_complete(self) -> None:
-        super().on_response_complete()
+        """As in uvicorn, but an idle connection costs no timer of its own."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        else:
+            self._idle.add(self)
         if self._answered_early() and self._timer is None:
             self._close_later()
 
@@ -240,10 +239,43 @@ class BoundedProtocol(HttpToolsProtocol):
         self.transport.close()
 
 
-def protocol(header_ms: int, write_ms: int) -> type[BoundedProtocol]:
-    """The protocol class for one worker; a client has `header_ms` to send a request's head, and `write_ms` to take
-    something of what waits for it."""
-    return type("WorkerProtocol", (BoundedProtocol,), {"header_ms": header_ms, "write_ms": write_ms})
+class IdleConnections:
+    """Connections that wait for their next request, the longest first; one timer closes those that wait too long."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._since: dict[BoundedProtocol, float] = {}
+        self._sweeping = False
+
+    def add(self, connection: BoundedProtocol) -> None:
+        """An answer is complete; the connection may be closed after the time, to the second."""
+        self._since[connection] = connection.loop.time()
+        if not self._sweeping:
+            self._sweeping = True
+            connection.loop.call_later(SWEEP_S, self._sweep, connection.loop)
+
+    def discard(self, connection: BoundedProtocol) -> None:
+        """Something has come, or the connection is lost."""
+        self._since.pop(connection, None)
+
+    def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
+        horizon = loop.time() - self._seconds
+        while self._since:
+            connection, since = next(iter(self._since.items()))
+            if since > horizon:
+                break
+            del self._since[connection]
+            connection.transport.close()
+        self._sweeping = bool(self._since)
+        if self._sweeping:
+            loop.call_later(SWEEP_S, self._sweep, loop)
+
+
+def protocol(header_ms: int, write_ms: int, keep_alive_s: float) -> type[BoundedProtocol]:
+    """The protocol class for one worker; a client has `header_ms` to send a request's head, `write_ms` to take
+    something of what waits for it, and `keep_alive_s` to begin the next request."""
+    bounds = {"header_ms": header_ms, "write_ms": write_ms, "_idle": IdleConnections(keep_alive_s)}
+    return type("WorkerProtocol", (BoundedProtocol,), bounds)
 
 
 def _refusal() -> bytes:

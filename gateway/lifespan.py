@@ -11,8 +11,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from litestar import Litestar
-
 from accounts.key_lookup import PostgresKeys
 from accounts.key_store import KeyStore
 from accounts.keys import fingerprint
@@ -20,7 +18,7 @@ from config import catalog as catalogs
 from config.run import Run
 from config.settings import Bounds, Secrets, Settings, is_loopback
 from gateway import errors
-from gateway.app import create_app
+from gateway.app import Front, create_app
 from gateway.health import Health
 from gateway.settling import open_settling
 from metering.ranks import encoding
@@ -42,7 +40,7 @@ from storage.redis_client import RedisClient
 class Worker:
     """What the process needs of its parts: the application, and the sessions to drain."""
 
-    app: Litestar
+    app: Front
     live: LiveSessions
     bounds: Bounds
 
@@ -96,7 +94,7 @@ def _plane(
     bounds, metering = settings.bounds, settings.metering
 
     upstreams = Upstreams(transport, bounds, live.confirm)
-    settler = Settler(ledger, live, price_version)
+    settler = Settler(ledger, live, price_version, bounds.settle_reply_ms)
     stream_relay = StreamRelay(upstreams, live, settler, bounds, errors.sse_payload)
     relays = stream_relay, WholeRelay(upstreams, settler, bounds), settler
     owner = f"{os.getpid()}-{os.urandom(4).hex()}"

@@ -56,14 +56,13 @@ async def serve() -> None:
         server = _Server(
             uvicorn.Config(
                 worker.app,
-                http=protocol(config.bounds.client_header_ms, config.bounds.client_write_ms),
+                http=protocol(config.bounds.client_header_ms, config.bounds.client_write_ms, KEEP_ALIVE_S),
                 ws="none",
                 lifespan="off",
                 log_config=None,
                 access_log=False,
                 proxy_headers=False,  # nobody here reads a client's address
                 server_header=False,
-                timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=1,
                 backlog=4096,
             )

@@ -12,7 +12,7 @@ from typing import Literal
 
 from config.price import CompiledPrice
 from metering.pricing import MILLION, TokenUsage, cost, rates_for, sane
-from metering.token_counter import JOINT_TOKENS, Encoder, StreamCounter
+from metering.token_counter import Encoder, StreamCounter
 
 COUNTERS_MAX = 1024
 """Separate texts of one session (choices x channels x tools). What comes beyond is counted as one text for each
@@ -119,9 +119,7 @@ class Meter:
         certain = limit_micros == self._limit and self._fresh_bytes <= self._room_bytes
         if not certain:
             self._limit, self._fresh_bytes = limit_micros, 0
-            self._room_bytes = self._room(self._usage([counter.upper() for counter in self._counters.values()]))
-            if self._room_bytes < 0:
-                self._room_bytes = self._room(self.counted())
+            self._room_bytes = self._room(limit_micros)
             if self._room_bytes < 0:
                 return False
         if self._undo:
@@ -166,12 +164,21 @@ class Meter:
         reasoning = sum(n for key, n in zip(self._counters, tokens, strict=True) if key[1] == Channel.REASONING)
         return TokenUsage(self._prompt, cached=0, cache_write=0, output=sum(tokens), reasoning=reasoning)
 
-    def _room(self, usage: TokenUsage) -> int:
-        """How many more bytes fit the limit after `usage`, at the dearest token a byte; -1 when it does not fit."""
-        spent = cost(self._price, usage)
-        if self._limit is None or spent > self._limit:
-            return -1
+    def _room(self, limit_micros: int) -> int:
+        """How many more bytes are certain to fit, at the dearest token a byte; -1 when what is there does not fit.
+
+        In millionths of a micro, where `cost(...) <= limit` is `spent <= budget` without rounding.
+        """
         rates = rates_for(self._price, self._prompt)
+        budget = (limit_micros - self._price.request) * MILLION - self._prompt * rates.input
+        priced = [
+            (rates.reasoning if key[1] == Channel.REASONING else rates.output, counter)
+            for key, counter in self._counters.items()
+        ]
+        left = budget - sum([rate * counter.most() for rate, counter in priced])
+        if left < 0:
+            if sum([rate * counter.total() for rate, counter in priced]) > budget:
+                return -1
+            left = max(0, budget - sum([rate * counter.most() for rate, counter in priced]))
         dearest = max(rates.output, rates.reasoning)
-        room = (self._limit - spent) * MILLION // dearest if dearest else 1 << 62
-        return max(0, room - JOINT_TOKENS * len(self._counters))
+        return left // dearest if dearest else 1 << 62

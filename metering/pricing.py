@@ -6,6 +6,8 @@ Must not: count tokens, choose a price, or know whom it charges.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgspec
 
 from config.price import CompiledPrice, Rates
@@ -46,27 +48,48 @@ def cost(price: CompiledPrice, usage: TokenUsage) -> int:
     return -(-(_prompt_raw(rates, usage) + _output_raw(rates, usage)) // MILLION) + price.request
 
 
-def hold_cost(price: CompiledPrice, prompt_tokens: int, output_tokens: int, *, audio: bool = False) -> int:
-    """Micros that cover this many tokens whatever the provider calls them: a prompt may be reported as written to the
-    cache, an output as reasoning, either as audio where the request has `audio`, and a prompt that is a little longer
-    than our count may reach the next tier. For holds; never charged."""
-    each_prompt, each_output = _worst(price, prompt_tokens, audio)
-    return _micros(prompt_tokens * each_prompt + output_tokens * each_output) + price.request
+class HoldRates(msgspec.Struct, frozen=True):
+    """What holds beside one prompt are reckoned with; never charged. For each price that may come to apply: the dearest
+    rates of a prompt token and of an output token (micros per million), and micros per request."""
+
+    rates: tuple[tuple[int, int, int], ...]
+
+    def hold_cost(self, prompt_tokens: int, output_tokens: int) -> int:
+        """Micros that cover this many tokens at the dearest price."""
+        most = 0
+        for prompt, output, request in self.rates:
+            micros = -(-(prompt_tokens * prompt + output_tokens * output) // MILLION) + request
+            if micros > most:
+                most = micros
+        return most
+
+    def output_cost(self, output_tokens: int) -> int:
+        """Micros that cover this many tokens of output beside a prompt that is held for. For slices."""
+        most = 0
+        for _, output, _ in self.rates:
+            micros = -(-output_tokens * output // MILLION)
+            if micros > most:
+                most = micros
+        return most
+
+    def output_covered(self, budget_micros: int, prompt_tokens: int) -> int:
+        """The most output tokens n for which `hold_cost(prompt_tokens, n)` is within the budget, at most TOKENS_MAX;
+        -1 when not even the prompt is covered. The exact inverse of `hold_cost`."""
+        covered = TOKENS_MAX
+        for prompt, output, request in self.rates:
+            room = (budget_micros - request) * MILLION - prompt_tokens * prompt
+            if room < 0:
+                return -1
+            if output:
+                covered = min(covered, room // output)
+        return covered
 
 
-def output_cost(price: CompiledPrice, prompt_tokens: int, output_tokens: int, *, audio: bool = False) -> int:
-    """Micros that cover this many tokens of output beside a prompt that is held for. For slices; never charged."""
-    return _micros(output_tokens * _worst(price, prompt_tokens, audio)[1])
-
-
-def output_tokens_covered(price: CompiledPrice, budget_micros: int, prompt_tokens: int, *, audio: bool = False) -> int:
-    """The most output tokens n for which `hold_cost(price, prompt_tokens, n)` is within the budget, at most
-    TOKENS_MAX; -1 when not even the prompt is covered. The exact inverse of `hold_cost`."""
-    each_prompt, each = _worst(price, prompt_tokens, audio)
-    room = (budget_micros - price.request) * MILLION - prompt_tokens * each_prompt
-    if room < 0:
-        return -1
-    return min(TOKENS_MAX, room // each) if each else TOKENS_MAX
+def hold_rates(prices: Iterable[CompiledPrice], prompt_tokens: int, *, audio: bool = False) -> HoldRates:
+    """Rates that cover a call at any of `prices` whatever the provider calls its tokens: a prompt may be reported as
+    written to the cache, an output as reasoning, either as audio where the request has `audio`, and a prompt that is a
+    little longer than our count may reach the next tier. Without tiers and audio they are the same for every prompt."""
+    return HoldRates(tuple((*_worst(price, prompt_tokens, audio), price.request) for price in prices))
 
 
 def sane(usage: TokenUsage) -> str | None:
@@ -85,10 +108,6 @@ def sane(usage: TokenUsage) -> str | None:
     if usage.reasoning + usage.audio_output > usage.output:
         return "reasoning and audio_output exceed output"
     return None
-
-
-def _micros(raw: int) -> int:
-    return -(-raw // MILLION)
 
 
 def _prompt_raw(rates: Rates, usage: TokenUsage) -> int:
@@ -112,13 +131,6 @@ def _output_raw(rates: Rates, usage: TokenUsage) -> int:
 
 def _worst(price: CompiledPrice, prompt_tokens: int, audio: bool) -> tuple[int, int]:
     """The dearest rate of a prompt token and of an output token, in any tier that the prompt may turn out to reach."""
-    if not price.tiers and not audio:
-        prompt, other = price.input, price.cached_input
-        if other > prompt:
-            prompt = other
-        other = price.cache_write
-        output, reasoning = price.output, price.reasoning
-        return max(prompt, other), max(output, reasoning)
     reach = -(-prompt_tokens * REACH_PERCENT // 100) + REACH_TOKENS
     reached: list[Rates] = [price, *(tier for tier in price.tiers if tier.above < reach)]
     prompt = max(max(rates.input, rates.cached_input, rates.cache_write) for rates in reached)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Final, Literal, NamedTuple
 
 from metering.token_counter import Encoder, count_text, utf8_bytes
@@ -55,7 +56,6 @@ _IMAGE_TOKENS: Final = tuple(
 IMAGE_TOKENS_ORIGINAL: Final = 12_000
 """`detail: original` of the newest models: a budget of 10,000 patches times 1.2."""
 
-
 EXACT_BYTES_MAX: Final = 1024 * 1024
 """Text that is tokenised unless the caller says otherwise."""
 
@@ -77,7 +77,7 @@ _NO_PROMPT: Final = frozenset(
 """Members of a request that providers do not put into the prompt."""
 
 _RULED: Final = frozenset(("messages", "tools", "functions", "response_format"))
-
+_UNGUARDED: Final = _NO_PROMPT | _RULED
 
 _ROLE_TOKENS: Final = {"system": 1, "developer": 1, "user": 1, "assistant": 1, "tool": 1, "function": 1}
 """Tokens of what every message has, in each encoding here; a test counts them."""
@@ -111,9 +111,14 @@ def estimate_prompt(
     text: sum of (3 + n(role) + n(content) [+ 1 + n(name)]) + 3, or + 2 for o-series and gpt-5 and later;
     tools: + n(their TypeScript rendering) + a constant of the model.
     """
-    count = _Count(encoding, model, exact_bytes_max)
     newer = newer_family(model)
     tokens = 2 if newer else 3
+    if not tools and not functions and response_format is None and (sizes is None or sizes.keys() <= _UNGUARDED):
+        texts = _plain_texts(messages, exact_bytes_max)
+        if texts is not None:
+            tokens += len(texts) * (MESSAGE_TOKENS + 1) + sum([count_text(encoding, text) for text in texts])
+            return PromptEstimate(tokens, "counted", tokens)
+    count = _Count(encoding, model, exact_bytes_max)
     listed = messages if isinstance(messages, list) else [] if messages is None else [messages]
     has_system = False
     for message in listed:
@@ -132,10 +137,26 @@ def estimate_prompt(
         tokens += size // BYTES_PER_TOKEN_GUARD + 1
     else:
         count.uncounted(size)
-    count.uncounted(sum(size for name, size in known.items() if name not in _NO_PROMPT and name not in _RULED))
+    count.uncounted(sum(size for name, size in known.items() if name not in _UNGUARDED))
     return PromptEstimate(tokens, count.kind, tokens + count.guard)
 
 
+def _plain_texts(messages: object, bytes_max: int) -> list[str] | None:
+    """The texts of messages that each have a known role, of one token, and a text, and nothing else: those of nearly
+    every request, for which the rules below come down to their counts. None for others, and beyond `bytes_max`."""
+    texts, left = [], bytes_max
+    for message in messages if isinstance(messages, list) else (None,):
+        if not isinstance(message, dict) or len(message) != 2:
+            return None
+        role, text = message.get("role"), message.get("content")
+        if not isinstance(text, str) or not isinstance(role, str) or role not in _ROLE_TOKENS:
+            return None
+        left -= utf8_bytes(text)
+        texts.append(text)
+    return texts if left >= 0 else None
+
+
+@lru_cache(maxsize=1_000)
 def newer_family(model: str) -> bool:
     """Whether a model is of the o-series or gpt-5 and later; a path or fine-tune prefix is ignored."""
     return _NEWER.match(_family(model)) is not None

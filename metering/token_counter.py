@@ -91,7 +91,18 @@ class StreamCounter:
     """Tokens of a growing text. `feed` costs a list append, and one search and one tokenisation for `SCAN_CHARS`
     characters; memory is the tail: the text after the last boundary, at most `TAIL_CHARS_MAX` and one span."""
 
-    __slots__ = ("_counted", "_done", "_encode", "_fresh", "_fresh_chars", "_held", "_held_chars", "_last", "_since")
+    __slots__ = (
+        "_counted",
+        "_counted_bytes",
+        "_done",
+        "_encode",
+        "_fresh",
+        "_fresh_chars",
+        "_held",
+        "_held_chars",
+        "_last",
+        "_since",
+    )
 
     def __init__(self, encoding: Encoder) -> None:
         self._encode = encoding.encode_ordinary
@@ -102,10 +113,11 @@ class StreamCounter:
         self._fresh_chars = 0
         self._last = ""  # the character before the fresh text
         self._counted = 0  # tokens of the tail's first part, as the last `total()` found them
+        self._counted_bytes = 0  # UTF-8 bytes of that part
         self._since = 0  # UTF-8 bytes of the tail after that part
 
     def feed(self, text: str) -> int:
-        """Append `text`. Returns its length in UTF-8: the most by which `upper()` grew."""
+        """Append `text`. Returns its length in UTF-8: the most by which `most()` grew."""
         self._fresh.append(text)
         self._fresh_chars += len(text)
         size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
@@ -117,9 +129,10 @@ class StreamCounter:
     def copy(self) -> StreamCounter:
         """An independent counter of the same text."""
         twin = object.__new__(StreamCounter)
-        for name in self.__slots__:
-            setattr(twin, name, getattr(self, name))
-        twin._held, twin._fresh = self._held.copy(), self._fresh.copy()
+        twin._encode, twin._done, twin._last = self._encode, self._done, self._last
+        twin._held, twin._held_chars = self._held.copy(), self._held_chars
+        twin._fresh, twin._fresh_chars = self._fresh.copy(), self._fresh_chars
+        twin._counted, twin._counted_bytes, twin._since = self._counted, self._counted_bytes, self._since
         return twin
 
     def total(self) -> int:
@@ -127,12 +140,19 @@ class StreamCounter:
         if self._fresh_chars:
             self._advance()
         if self._since:
-            self._counted, self._since = _tokens(self._encode, "".join(self._held)), 0
+            self._counted = _tokens(self._encode, "".join(self._held))
+            self._counted_bytes += self._since
+            self._since = 0
         return self._done + self._counted
 
     def upper(self) -> int:
         """At least `total()`, without tokenising anything: finished tokens and the bytes of the tail."""
-        joint = JOINT_TOKENS if self._counted and self._since else 0
+        return self.most() if self._since else self._done + self._counted
+
+    def most(self) -> int:
+        """What `total()` can become, less a token for each byte of text to come: `upper()` and what the joint with
+        that text may add, which is never more than the tail's bytes are."""
+        joint = min(JOINT_TOKENS, self._counted_bytes - self._counted)
         return self._done + self._counted + joint + self._since
 
     def _advance(self) -> None:
@@ -143,9 +163,10 @@ class StreamCounter:
         cut = found.end() - len(self._last) if found else -1
         if cut >= 0 and (cut or self._last):
             self._held.append(block[:cut])
-            self._finish()
             block = block[cut:]
-            self._since = utf8_bytes(block)
+            size = utf8_bytes(block)
+            self._finish(counted=cut == 0 and self._since == size)
+            self._since = size
         self._held.append(block)
         self._held_chars += len(block)
         self._last = block[-1:] or self._last
@@ -153,6 +174,8 @@ class StreamCounter:
             self._finish()
             self._last = ""
 
-    def _finish(self) -> None:
-        self._done += _tokens(self._encode, "".join(self._held))
-        self._held, self._held_chars, self._counted, self._since = [], 0, 0, 0
+    def _finish(self, *, counted: bool = False) -> None:
+        """No text to come changes the held text's tokens. `counted`: the last `total()` found just these."""
+        self._done += self._counted if counted else _tokens(self._encode, "".join(self._held))
+        self._held, self._held_chars = [], 0
+        self._counted = self._counted_bytes = self._since = 0

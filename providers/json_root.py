@@ -1,8 +1,9 @@
 """The root object of a JSON body as byte spans, so that one member changes and every other byte stays.
 
 Must not: re-encode what it does not replace, look at a byte more than a few times, or keep a second copy of a large
-body. The parser validates the body once; for a small one it also gives the members, each of which is then found in the
-body, exactly or not at all. A large one, or one with a doubled or an escaped name, is walked from member to member.
+body. The parser validates the body once; for a small one it also gives the members. Written again in one of two usual
+styles they are the body, or each of them is found in it, exactly or not at all. A large body, or one with a doubled or
+an escaped name, is walked from member to member.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ CHUNK_BYTES = 64 * 1024
 
 _skip = msgspec.json.Decoder(msgspec.Raw).decode
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_encode = msgspec.json.Encoder().encode
 _BLANK = rb"[ \t\r\n]*+"
 _OPEN = re.compile(_BLANK + rb"\{" + _BLANK)
-_START = re.compile(_BLANK)
 _COLON = re.compile(_BLANK + rb":" + _BLANK)
 _NEXT = re.compile(_BLANK + rb"([,}])" + _BLANK)
+_MEMBER = re.compile(_BLANK + rb"[{,]" + _BLANK + rb'"([^"\\]*+)"' + _BLANK + rb":" + _BLANK)
+_END = re.compile(_BLANK + rb"\}")
 _SCALAR = re.compile(rb"[^ \t\r\n,}]++")
 _TRAILING = re.compile(r"trailing characters \(byte ([0-9]+)\)")
 _TOKEN = re.compile(rb'[^"\[\]{}]*+(?:(")|([\[{])|[\]}])')
@@ -44,7 +47,7 @@ class NotAnObject(Exception):
 class RootObject:
     """`body` and the span of each root member's value, `spans[name] = (start, end)`; of a doubled one the last."""
 
-    __slots__ = ("body", "duplicates", "first", "spans")
+    __slots__ = ("body", "duplicates", "spans")
 
     def __init__(self, body: bytes, members_max: int = ROOT_MEMBERS_MAX) -> None:
         """Raises NotAnObject with the parser's reason."""
@@ -57,48 +60,56 @@ class RootObject:
         self.body = body
         self.duplicates: set[str] = set()
         self.spans: dict[str, tuple[int, int]] = {}
-        opened = _OPEN.match(body)
-        if opened is None:  # a byte order mark or the like stands before it
-            raise NotAnObject("the body does not start with {")
-        self.first = opened.end()
-        if not isinstance(members, dict) or len(members) > members_max or not self._placed(members):
+        if isinstance(members, dict) and 0 < len(members) <= members_max:
+            if self._placed(members):
+                return
             self.spans.clear()
-            self._walk(members_max)
+        self._walk(members_max)
 
     def _placed(self, members: dict[str, msgspec.Raw]) -> bool:
-        """Find the parser's members in the body. False when they are not all of it, in this order, as they are written.
+        """The spans from the lengths of the members, where the body is these as one of two usual writers puts them.
+
+        Exact: values are written as they were read. An escaped name, or one beyond ASCII, is longer in the body than
+        its characters, so the lengths add up to the whole only where there is none; False otherwise.
+        """
+        body, spans, at = self.body, self.spans, 1
+        if _encode(members) == body:
+            blank = 0
+        elif body.startswith(b'{"') and _spaced(members) == body:
+            blank = 1
+        else:
+            return self._found(members)
+        for name, raw in members.items():
+            start = at + len(name) + 3 + blank
+            at = start + len(raw)
+            spans[name] = start, at
+            at += 1 + blank
+        return at == len(body) + blank
+
+    def _found(self, members: dict[str, msgspec.Raw]) -> bool:
+        """Find the members in the body. False when they are not all of it, in this order, as they are written.
 
         Exact: a whole value is never the beginning of another one (but for numbers, which need what follows them), so
         a member that compares equal stands where it was found, and a doubled one leaves a member that nobody expects.
         """
-        body, spans, at = self.body, self.spans, self.first
-        left = len(members)
+        body, spans, at = self.body, self.spans, 0
         for name, raw in members.items():
-            value, key = bytes(raw), b'"%b":' % name.encode()
-            start = at + len(key)
-            if not body.startswith(key, at):
-                colon = _COLON.match(body, start - 1) if body.startswith(key[:-1], at) else None
-                if colon is None:
-                    return False
-                start = colon.end()
-            elif not body.startswith(value, start):
-                start = _START.match(body, start).end()  # type: ignore[union-attr]  # matches also nothing
-            end = start + len(value)
-            left -= 1
-            if not body.startswith(value, start):
+            found = _MEMBER.match(body, at)
+            if found is None or found[1] != name.encode():
                 return False
-            spans[name] = start, end
-            if left and body.startswith(b',"', end):
-                at = end + 1
-            else:
-                after = _NEXT.match(body, end)
-                if after is None or (after[1] == b"}") != (left == 0):
-                    return False
-                at = after.end()
-        return bool(members) or body.startswith(b"}", at)
+            start = found.end()
+            if not body.startswith(bytes(raw), start):
+                return False
+            at = start + len(raw)
+            spans[name] = start, at
+        return _END.match(body, at) is not None
 
     def _walk(self, members_max: int) -> None:
-        body, at = self.body, self.first
+        body = self.body
+        opened = _OPEN.match(body)
+        if opened is None:  # a byte order mark or the like stands before it
+            raise NotAnObject("the body does not start with {")
+        at = opened.end()
         with memoryview(body) as view:
             for _ in range(members_max):
                 if body.startswith(b"}", at):
@@ -130,15 +141,18 @@ class RootObject:
         for (start, end), value in spans:
             parts += (self.body[at:start], value)
             at = end
-        added = [
-            b"%b:%b" % (msgspec.json.encode(name), value) for name, value in changes.items() if name not in self.spans
-        ]
+        added = [b"%b:%b" % (_encode(name), value) for name, value in changes.items() if name not in self.spans]
         if added:
             close = self.body.rindex(b"}")
             parts += (self.body[at:close], b"," if self.spans else b"", b",".join(added))
             at = close
         parts.append(self.body[at:])
         return b"".join(parts)
+
+
+def _spaced(members: Mapping[str, msgspec.Raw]) -> bytes:
+    """The object with a blank after each comma and colon, as Python's json writes it."""
+    return b"{%b}" % b", ".join([b"%b: %b" % (_encode(name), raw) for name, raw in members.items()])
 
 
 def value_end(body: bytes, view: memoryview, start: int) -> int:

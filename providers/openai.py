@@ -21,6 +21,7 @@ from providers.openai_wire import (
     deltas_of,
     lenient_chunk,
     lenient_delta,
+    only_text,
     unheard,
     usage_of,
 )
@@ -29,6 +30,7 @@ from providers.sse import FrameTooLarge, SseSplitter
 UNREADABLE = (msgspec.DecodeError, RecursionError, ValueError)
 """What decoding provider bytes raises (UnicodeDecodeError is a ValueError)."""
 OURS = b'"x_tollgate"'
+_LF = 0x0A
 _HEADERS = (
     (b"content-type", b"application/json"),
     (b"accept-encoding", b"identity"),
@@ -95,6 +97,24 @@ class OpenAICodec:
         return events
 
     def _frame(self, name: bytes, payload: bytes, events: list[Event]) -> None:
+        """One frame's events. What most of a stream is, a piece of one choice's text that passes as it is, is told
+        here; everything else takes the long way, which gives such a frame the same event."""
+        try:
+            chunk = None if name else decode_chunk(payload)
+        except UNREADABLE:
+            chunk = None
+        if chunk is not None:
+            delta = only_text(chunk)
+            if delta is not None and delta.choice in self._begun and self._as_it_is(payload):
+                events.append(Chunk(payload, [delta], (), True))
+                return
+        self._any_frame(name, payload, chunk, events)
+
+    def _as_it_is(self, payload: bytes) -> bool:
+        return _LF not in payload and self._call.rename_to is None and payload.find(OURS) < 0
+
+    def _any_frame(self, name: bytes, payload: bytes, chunk: WireChunk | None, events: list[Event]) -> None:
+        """`chunk` is the payload where it is read already."""
         if payload == b"[DONE]" or payload.strip() == b"[DONE]":
             if self._begun:
                 self._complete(events)
@@ -104,13 +124,14 @@ class OpenAICodec:
         if name in _IGNORED_EVENTS:
             return
         try:
-            self._json_frame(name, payload, events)
+            self._json_frame(name, payload, chunk, events)
         except UNREADABLE:
             self._fail(events, _garbage("The provider sent a frame that cannot be read as JSON."))
 
-    def _json_frame(self, name: bytes, payload: bytes, events: list[Event]) -> None:
+    def _json_frame(self, name: bytes, payload: bytes, chunk: WireChunk | None, events: list[Event]) -> None:
         """Raises one of UNREADABLE: members that are only skipped at first are checked when they are used."""
-        chunk = self._read(payload)
+        if chunk is None:
+            chunk = self._read(payload)
         if b"\n" in payload:
             # Sent as several data lines: in JSON such a line end is a space, in a frame of ours an end.
             payload = payload.replace(b"\n", b" ")

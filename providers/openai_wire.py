@@ -78,6 +78,23 @@ decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 encode = msgspec.json.encode
 
 
+_NO_USAGE = (msgspec.Raw(b"null"), msgspec.Raw())
+
+
+def only_text(chunk: WireChunk) -> Delta | None:
+    """The chunk's one piece of content when there is nothing else in it that anyone acts on."""
+    choices = chunk.choices
+    if not choices or len(choices) > 1 or chunk.error is not None or chunk.x_groq is not None:
+        return None
+    choice = choices[0]
+    delta = choice.delta
+    if delta is None or not delta.content or choice.finish_reason is not None or chunk.usage not in _NO_USAGE:
+        return None
+    if delta.reasoning_content or delta.reasoning or delta.refusal or delta.tool_calls or delta.function_call:
+        return None
+    return Delta(choice.index, Channel.CONTENT, 0, delta.content)
+
+
 def deltas_of(choice: int, delta: WireDelta) -> list[Delta]:
     """The output text in one delta. `reasoning` and `reasoning_content` together are one text sent twice."""
     found = []

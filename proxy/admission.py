@@ -24,7 +24,7 @@ from metering.ledger import (
     Repeated,
     SessionRef,
 )
-from metering.pricing import output_tokens_covered
+from metering.pricing import HoldRates
 from metering.prompt import PromptEstimate, estimate_prompt
 from metering.ranks import encoding
 from metering.redis_ledger import RedisLedger
@@ -83,6 +83,20 @@ class _Size(msgspec.Struct, frozen=True):
     output: int | None = None
 
 
+class _Metadata(msgspec.Struct, omit_defaults=True):
+    """What the ledger keeps of a session for its sweep."""
+
+    request_id: str
+    route: str
+    stream: bool
+    price_version: str
+    counted_prompt: int
+    idempotency: str = ""
+
+
+_encode = msgspec.json.Encoder().encode
+
+
 class Admission:
     """Admits calls of this worker."""
 
@@ -118,16 +132,23 @@ class Admission:
         """Hold credit for the request. Raises CallError; then nothing is held."""
         self._live.admit()
         route = self.route(request.model)
-        prompt = await self._prompt(route, request)
-        in_flight = request.stream and not route.hidden_reasoning
-        size = self._slice(route, request, prompt) if in_flight else self._worst_case(route, request, prompt)
+        if len(request.root.body) <= self._bounds.prompt_inline_bytes:
+            prompt = _estimate(route, request, self._bounds.prompt_exact_bytes_max)
+        else:
+            prompt = await self._estimate_beside(route, request)
+        rates = route.hold_rates(prompt.hold, audio=request.audio)
+        if request.stream and not route.hidden_reasoning:
+            size = self._slice(rates, request, prompt.hold)
+        else:
+            size = self._worst_case(rates, request, prompt.hold, route.max_output_tokens)
         if size.want > MICROS_MAX:
             raise InvalidValue("The request could cost more than the gateway can hold.", param="max_tokens")
         asked_ms = boot_ms()
         hold = self._hold(caller, request, route, prompt, size, request_id)
-        held = await self._reserve(hold)
+        reply = await self._ask(hold)
+        held = reply if isinstance(reply, Held) else await self._not_held(hold, reply)
         limited = size.output is not None and held.held < size.want
-        limit = self._affordable(route, request, prompt, held.held) if limited else size.output
+        limit = max(1, rates.output_covered(held.held, prompt.hold) // request.choices) if limited else size.output
         session = self._session(hold, held, request, route, size, asked_ms, request_id)
         session.limited = limited
         session.idempotency = caller.idempotency
@@ -135,65 +156,40 @@ class Admission:
         self._live.add(session)
         return session, call
 
-    async def _prompt(self, route: Route, request: ChatRequest) -> PromptEstimate:
-        first = route.candidates[0]
-        encoder = encoding(first.encoding)
-
-        def estimate(exact_bytes_max: int) -> PromptEstimate:
-            return estimate_prompt(
-                encoder,
-                first.model,
-                request.messages,
-                tools=request.tools,
-                functions=request.functions,
-                response_format=request.response_format,
-                sizes=request.sizes(),
-                exact_bytes_max=exact_bytes_max,
-            )
-
+    async def _estimate_beside(self, route: Route, request: ChatRequest) -> PromptEstimate:
+        """A long prompt would stall every other stream of this worker for the milliseconds it takes."""
         exact = self._bounds.prompt_exact_bytes_max
-        if len(request.root.body) <= self._bounds.prompt_inline_bytes:
-            return estimate(exact)
-        # A long prompt would stall every other stream of this worker for the milliseconds it takes.
         try:
-            return await asyncio.wait_for(self.threads.run(lambda: estimate(exact)), COUNT_WAIT_S)
+            return await asyncio.wait_for(self.threads.run(lambda: _estimate(route, request, exact)), COUNT_WAIT_S)
         except TimeoutError:
-            return estimate(0)
+            return _estimate(route, request, 0)
 
     async def aclose(self) -> None:
         """Admit nothing more. Does not wait for prompts that are still being counted."""
         await self.threads.aclose()
 
-    def _slice(self, route: Route, request: ChatRequest, prompt: PromptEstimate) -> _Size:
+    def _slice(self, rates: HoldRates, request: ChatRequest, prompt: int) -> _Size:
         """A stream holds its prompt and the first slice; more follows while it runs."""
-        slice_tokens = self._metering.slice_tokens
+        slice_tokens, limit = self._metering.slice_tokens, request.limit
         most = MICROS_MAX
-        if request.limit is not None:
-            slice_tokens = min(slice_tokens, request.limit * request.choices)
-            most = _cost(route, request, prompt, request.limit * request.choices)
-        want, least = _cost(route, request, prompt, slice_tokens), _cost(route, request, prompt, 1)
-        return _Size(want, least, most, *self._growth(route, request, prompt))
+        if limit is not None:
+            slice_tokens = min(slice_tokens, limit * request.choices)
+            most = rates.hold_cost(prompt, limit * request.choices)
+        want, least = rates.hold_cost(prompt, slice_tokens), rates.hold_cost(prompt, 1)
+        return _Size(want, least, most, *self._growth(rates))
 
-    def _worst_case(self, route: Route, request: ChatRequest, prompt: PromptEstimate) -> _Size:
+    def _worst_case(self, rates: HoldRates, request: ChatRequest, prompt: int, output_max: int) -> _Size:
         """A call that cannot be metered in flight holds all it could cost."""
-        most = route.max_output_tokens if request.limit is None else min(request.limit, route.max_output_tokens)
+        limit = request.limit
+        most = output_max if limit is None else min(limit, output_max)
         least = min(most, self._metering.output_floor_tokens)
-        want = _cost(route, request, prompt, most * request.choices)
-        minimum = _cost(route, request, prompt, least * request.choices)
-        return _Size(want, minimum, want, *self._growth(route, request, prompt), most)
+        want = rates.hold_cost(prompt, most * request.choices)
+        minimum = rates.hold_cost(prompt, least * request.choices)
+        return _Size(want, minimum, want, *self._growth(rates), most)
 
-    def _growth(self, route: Route, request: ChatRequest, prompt: PromptEstimate) -> tuple[int, int]:
+    def _growth(self, rates: HoldRates) -> tuple[int, int]:
         """Micros of a slice and of its low mark."""
-        tokens = self._metering.slice_tokens, self._metering.slice_low_tokens
-        slice_cost, low = (route.slice_cost(prompt.hold, each, audio=request.audio) for each in tokens)
-        return slice_cost, low
-
-    def _affordable(self, route: Route, request: ChatRequest, prompt: PromptEstimate, held: int) -> int:
-        """The output limit that a partial hold covers, per choice."""
-        covered = min(
-            output_tokens_covered(each.price, held, prompt.hold, audio=request.audio) for each in route.candidates
-        )
-        return max(1, covered // request.choices)
+        return rates.output_cost(self._metering.slice_tokens), rates.output_cost(self._metering.slice_low_tokens)
 
     def _hold(
         self,
@@ -204,15 +200,9 @@ class Admission:
         size: _Size,
         request_id: str,
     ) -> HoldRequest:
-        metadata = {
-            "request_id": request_id,
-            "route": route.name,
-            "stream": request.stream,
-            "price_version": self._price_version,
-            "counted_prompt": prompt.tokens,
-        }
-        if caller.idempotency:
-            metadata["idempotency"] = caller.idempotency
+        metadata = _Metadata(
+            request_id, route.name, request.stream, self._price_version, prompt.tokens, caller.idempotency
+        )
         return HoldRequest(
             session=session_id(),
             account=caller.account,
@@ -223,14 +213,14 @@ class Admission:
             body_hash=request.body_hash(),
             owner=self._owner,
             price_version=self._price_version,
-            metadata=msgspec.json.encode(metadata),
+            metadata=_encode(metadata),
             limits=caller.limits,
             idempotency=caller.idempotency,
         )
 
-    async def _reserve(self, hold: HoldRequest) -> Held:
-        """Reserve; again where a session that ended void has the idempotency key: that freed it."""
-        reply = await self._ask(hold)
+    async def _not_held(self, hold: HoldRequest, reply: Held | Refused | Repeated) -> Held:
+        """Reserve again where a session that ended void has the idempotency key: that freed it. Raises the named error
+        of a refusal."""
         for _ in range(TAKE_OVERS_MAX):
             if not isinstance(reply, Repeated):
                 break
@@ -306,9 +296,19 @@ class Admission:
         )
 
 
-def _cost(route: Route, request: ChatRequest, prompt: PromptEstimate, output_tokens: int) -> int:
-    """Micros that cover the prompt and so much output at the route's dearest candidate."""
-    return route.hold_cost(prompt.hold, output_tokens, audio=request.audio)
+def _estimate(route: Route, request: ChatRequest, exact_bytes_max: int) -> PromptEstimate:
+    """The prompt's tokens at the first candidate."""
+    first = route.candidates[0]
+    return estimate_prompt(
+        encoding(first.encoding),
+        first.model,
+        request.messages,
+        tools=request.tools,
+        functions=request.functions,
+        response_format=request.response_format,
+        sizes=request.sizes(),
+        exact_bytes_max=exact_bytes_max,
+    )
 
 
 _LIMITS = {"debt": "balance"}

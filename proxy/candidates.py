@@ -6,13 +6,13 @@ Must not: read the environment or a file; `gateway` hands in settings, secrets a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from config.catalog import Catalog, PricedCandidate, PricedRoute
 from config.price import CompiledPrice
 from config.settings import Provider, Secrets, Settings
-from metering.pricing import TokenUsage, cost, hold_cost, output_cost
+from metering.pricing import HoldRates, TokenUsage, cost, hold_rates
 from metering.token_counter import encoding_name
 from providers.codec import Upstream
 from proxy.http_request import Origin
@@ -40,18 +40,19 @@ class Route:
     max_output_tokens: int
     rename_model: bool
     hidden_reasoning: bool
+    _flat: HoldRates | None = field(init=False, repr=False, compare=False)
+    """The rates of every prompt, where no candidate has tiers."""
 
-    def hold_cost(self, prompt_tokens: int, output_tokens: int, *, audio: bool) -> int:
-        """Micros that cover these tokens at the dearest candidate; `audio`: also where some are priced as audio."""
-        if len(self.candidates) == 1:
-            return hold_cost(self.candidates[0].price, prompt_tokens, output_tokens, audio=audio)
-        return max(hold_cost(each.price, prompt_tokens, output_tokens, audio=audio) for each in self.candidates)
+    def __post_init__(self) -> None:
+        prices = [each.price for each in self.candidates]
+        flat = None if any(price.tiers for price in prices) else hold_rates(prices, 0)
+        object.__setattr__(self, "_flat", flat)
 
-    def slice_cost(self, prompt_tokens: int, output_tokens: int, *, audio: bool) -> int:
-        """Micros that cover so much further output beside this prompt at the dearest candidate."""
-        if len(self.candidates) == 1:
-            return output_cost(self.candidates[0].price, prompt_tokens, output_tokens, audio=audio)
-        return max(output_cost(each.price, prompt_tokens, output_tokens, audio=audio) for each in self.candidates)
+    def hold_rates(self, prompt_tokens: int, *, audio: bool) -> HoldRates:
+        """Rates that cover any candidate beside this prompt; `audio`: also where some tokens are priced as audio."""
+        if self._flat is not None and not audio:
+            return self._flat
+        return hold_rates((each.price for each in self.candidates), prompt_tokens, audio=audio)
 
     def prompt_cost(self, prompt_tokens: int) -> int:
         """Micros of the prompt alone at the first candidate."""

@@ -79,8 +79,10 @@ def build_request(
     that is no token) or when Host, Content-Length or Transfer-Encoding are given. The error never names a value.
     """
     head = _head(method, target, origin.authority, tuple(headers))
-    if own:
-        head += _lines(own)
+    for name, value in own:
+        if not _may_be_named(name) or b"\r" in value or b"\n" in value or b"\0" in value:
+            raise ValueError(_REFUSED)
+        head += b"%b: %b\r\n" % (name, value)
     if body or method in _WITH_BODY:
         return b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body)
     return head + b"\r\n"
@@ -92,6 +94,11 @@ def _head(method: bytes, target: bytes, authority: bytes, headers: tuple[Header,
     if not _FIRST.fullmatch(first):
         raise ValueError(_REFUSED)
     return b"%b%bhost: %b\r\n" % (first, _lines(headers), authority)
+
+
+@lru_cache(maxsize=HEADS_KEPT)
+def _may_be_named(name: bytes) -> bool:
+    return _HEADERS.fullmatch(name + b": \r\n") is not None and b":" not in name
 
 
 def _lines(headers: Sequence[Header]) -> bytes:

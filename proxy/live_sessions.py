@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import Coroutine
 from typing import Any
@@ -42,6 +43,7 @@ class LiveSessions:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._ticker: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
+        self._waiting: list[tuple[float, asyncio.Future[None]]] = []
         self._admitting = 0
         self._ticking: LiveSession | None = None
         self.draining = False
@@ -90,6 +92,14 @@ class LiveSessions:
 
     def __len__(self) -> int:
         return len(self._sessions)
+
+    def wake_after(self, seconds: float) -> asyncio.Future[None]:
+        """A future that is done after that time, at the next tick; whoever waits for something else too may end it
+        before. A timer for each would cost more than what it guards."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+        self._waiting.append((loop.time() + seconds, future))
+        return future
 
     def detach(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Run `work` to its end whatever becomes of the request that started it."""
@@ -163,6 +173,7 @@ class LiveSessions:
             telemetry.LIVE.set(len(self._sessions))
             telemetry.publish()
             telemetry.BODY_BYTES.set(self.bodies.held)
+            self._wake(loop.time())
             if lag > TICK_S:
                 due = loop.time()
             now, now_boot = time.monotonic(), boot_ms()
@@ -170,6 +181,13 @@ class LiveSessions:
                 self._ticking = session
                 self._tick(session, now, now_boot)
             self._ticking = None
+
+    def _wake(self, now: float) -> None:
+        waiting = [(due, future) for due, future in self._waiting if not future.done()]
+        self._waiting = [(due, future) for due, future in waiting if due > now]
+        for due, future in waiting:
+            if due <= now:
+                future.set_result(None)
 
     def _tick(self, session: LiveSession, now: float, now_boot: int) -> None:
         if session.phase >= Phase.SETTLING or session.ending is not None:
@@ -213,6 +231,7 @@ class LiveSessions:
         if self._ticker is not None:
             self._ticker.cancel()
             await asyncio.wait({self._ticker})
+        self._wake(math.inf)
         telemetry.LIVE.set(len(self._sessions))
         telemetry.publish()
 

@@ -20,7 +20,7 @@ from proxy.live_session import LiveSession
 from proxy.live_sessions import LiveSessions
 from proxy.pump import Pump
 from proxy.session import Ending, Phase
-from proxy.settlement import Bill, Settler, reply_within
+from proxy.settlement import Bill, Settler
 from proxy.upstream import Opened, PreparedCall, SessionEnded, Upstreams
 
 RenderError = Callable[[CallError], bytes]
@@ -79,7 +79,7 @@ class StreamRelay:
         telemetry.count(telemetry.ATTEMPTS, 1, attempt.provider, attempt.outcome)
         usage_wanted = call.request.usage_wanted
         due, settling = self._settler.begin(session, call, ending)
-        settled = await reply_within(settling, self._bounds.settle_reply_ms / 1000)
+        settled = await self._settler.reply(settling)
         last: list[bytes] = []
         if ending is Ending.CREDIT_CUT:
             last += [opened.codec.finish_chunk(choice, "length") for choice in opened.codec.open_choices]
@@ -108,7 +108,7 @@ class StreamRelay:
         if ending in (Ending.CLIENT_GONE, Ending.CLIENT_STALLED):
             client.ended = True
             return due
-        settled = await reply_within(settling, self._bounds.settle_reply_ms / 1000)
+        settled = await self._settler.reply(settling)
         if not client.started:
             client.ended = True
             public.headers = bill_headers(session, due, settled)

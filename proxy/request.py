@@ -93,9 +93,13 @@ class ChatRequest(msgspec.Struct):
         changes = {"model": msgspec.json.encode(model)} if model != self.model else {}
         if self.stream and include_usage and not self.usage_wanted:
             changes["stream_options"] = self._stream_options()
-        limit = min((each for each in (self.limit, output_limit) if each is not None), default=None)
+        limit = self.limit
+        if limit is None or (output_limit is not None and output_limit < limit):
+            limit = output_limit
         if limit is not None:
-            changes |= {name: b"%d" % limit for name, value in self.limits.items() if value > limit}
+            for name, value in self.limits.items():
+                if value > limit:
+                    changes[name] = b"%d" % limit
             if limit_field is not None and limit_field not in self.limits:
                 changes[limit_field] = b"%d" % limit
             elif not self.limits and not _within_own(model, limit):
@@ -123,12 +127,13 @@ def read_chat(body: bytes, bounds: Bounds) -> ChatRequest:
         root = RootObject(body, bounds.root_members_max)
     except NotAnObject as error:
         raise InvalidBody(f"We could not parse the JSON body of your request: {error}.") from None
-    for name in _REFUSED:
-        if name in root.spans:
-            raise UnsupportedParameter(f"Unsupported parameter: '{name}'.", param=name)
-    doubled = any_duplicate(root, _READ)
-    if doubled is not None:
-        raise InvalidValue(f"Duplicate field: '{doubled}'.", param=doubled)
+    if not root.spans.keys().isdisjoint(_REFUSED):
+        name = next(name for name in _REFUSED if name in root.spans)
+        raise UnsupportedParameter(f"Unsupported parameter: '{name}'.", param=name)
+    if root.duplicates:
+        doubled = any_duplicate(root, _READ)
+        if doubled is not None:
+            raise InvalidValue(f"Duplicate field: '{doubled}'.", param=doubled)
     try:
         wire = _decode(body)
     except (msgspec.DecodeError, RecursionError) as error:
@@ -141,14 +146,14 @@ def _checked(root: RootObject, wire: _Wire, bounds: Bounds) -> ChatRequest:
         raise InvalidValue("Invalid 'messages': empty array. Expected at least one message.", param="messages")
     if len(wire.messages) > bounds.messages_max:
         raise InvalidValue(f"Invalid 'messages': more than {bounds.messages_max} messages.", param="messages")
-    if not all(isinstance(message, dict) for message in wire.messages):
-        raise InvalidValue("Invalid type for 'messages': expected an array of objects.", param="messages")
+    for message in wire.messages:
+        if not isinstance(message, dict):
+            raise InvalidValue("Invalid type for 'messages': expected an array of objects.", param="messages")
     choices = 1 if wire.n is None else wire.n
     if not 1 <= choices <= CHOICES_MAX:
         raise InvalidValue(f"Invalid 'n': expected an integer from 1 to {CHOICES_MAX}.", param="n")
     limits: dict[str, int] = {}
-    for name in ("max_tokens", "max_completion_tokens"):
-        value: int | None = getattr(wire, name)
+    for name, value in (("max_tokens", wire.max_tokens), ("max_completion_tokens", wire.max_completion_tokens)):
         if value is not None:
             if not 1 <= value <= OUTPUT_TOKENS_MAX:
                 raise InvalidValue(f"Invalid '{name}': expected an integer from 1 to {OUTPUT_TOKENS_MAX}.", param=name)
@@ -177,14 +182,17 @@ def _names_audio(modalities: Any, messages: list[dict[str, Any]]) -> bool:
     """Whether audio is asked for, or given in a message."""
     if isinstance(modalities, list) and "audio" in modalities:
         return True
-    parts = (part for message in messages for part in _listed(message.get("content")))
-    return any(isinstance(part, dict) and part.get("type") == "input_audio" for part in parts) or any(
-        message.get("audio") for message in messages
-    )
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list) and any(_is_audio(part) for part in content):
+            return True
+        if message.get("audio"):
+            return True
+    return False
 
 
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
+def _is_audio(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "input_audio"
 
 
 def _invalid(message: str) -> InvalidValue | InvalidBody:

@@ -46,6 +46,9 @@ class ClientConnection(Protocol):
 
     def abort(self) -> None: ...
 
+    def respond(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> bool:
+        """Send a whole response at once; False when it must be sent by `send`."""
+
     def whole_body(self) -> bytes | None:
         """The request's body when it has come whole, else None."""
 
@@ -118,7 +121,7 @@ class DataPlane:
             if request.stream:
                 bill = await self._stream(session, call, send, connection)
             else:
-                bill = await self._whole(session, call, send)
+                bill = await self._whole(session, call, send, connection)
         except SessionEnded:
             _log(state, session, None, began)
             return
@@ -200,7 +203,7 @@ class DataPlane:
         client = ClientStream(send, connection.write, lambda: stream_headers(session))
         return await self._stream_relay.run(session, call, client)
 
-    async def _whole(self, session: LiveSession, call: PreparedCall, send: Send) -> Bill:
+    async def _whole(self, session: LiveSession, call: PreparedCall, send: Send, connection: ClientConnection) -> Bill:
         answer = await self._whole_relay.run(session, call)
         headers = [
             (b"content-type", b"application/json"),
@@ -208,8 +211,9 @@ class DataPlane:
             (b"x-request-id", session.request_id.encode()),
             *answer.headers,
         ]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": answer.body})
+        if not connection.respond(200, headers, answer.body):
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": answer.body})
         return answer.bill
 
     def _model(self, name: str, route: Route) -> dict[str, Any]:

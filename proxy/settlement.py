@@ -53,32 +53,11 @@ def bill(session: LiveSession, ending: Ending, prompt_kind: str) -> Bill:
     return Bill(charged, prompt_kind, cost(price, charged), outcome, usage.output)
 
 
-async def reply_within(settling: asyncio.Task[Settled | Gone | None], seconds: float) -> Settled | Gone | None:
-    """The settlement's answer, if it comes in time; the task goes on either way."""
-    loop = asyncio.get_running_loop()
-    over: asyncio.Future[None] = loop.create_future()
-
-    def end(_: object = None) -> None:
-        if not over.done():
-            over.set_result(None)
-
-    timer = loop.call_later(seconds, end)
-    settling.add_done_callback(end)
-    try:
-        await over
-    finally:
-        timer.cancel()
-        settling.remove_done_callback(end)
-    if settling.done():
-        return settling.result()
-    telemetry.SETTLE_LATE.inc()
-    return None
-
-
 class Settler:
     """Settles sessions of this worker."""
 
-    def __init__(self, ledger: RedisLedger, live: LiveSessions, price_version: str) -> None:
+    def __init__(self, ledger: RedisLedger, live: LiveSessions, price_version: str, reply_ms: int) -> None:
+        self._reply_s = reply_ms / 1000
         self._ledger = ledger
         self._live = live
         self._price_version = price_version
@@ -103,6 +82,21 @@ class Settler:
         lease is renewed as long as it is live, so no sweeper would ever end it."""
         if session.phase < Phase.SETTLING:
             self.begin(session, call, session.ending or Ending.INTERNAL)
+
+    async def reply(self, settling: asyncio.Task[Settled | Gone | None]) -> Settled | Gone | None:
+        """The settlement's answer, if it comes in `settle_reply_ms` (to the tick); the task goes on either way."""
+        over = self._live.wake_after(self._reply_s)
+
+        def end(_: object) -> None:
+            if not over.done():
+                over.set_result(None)
+
+        settling.add_done_callback(end)
+        await over
+        if settling.done():
+            return settling.result()
+        telemetry.SETTLE_LATE.inc()
+        return None
 
     async def _settle(
         self, session: LiveSession, route: Route, ending: Ending, due: Bill, metadata: bytes

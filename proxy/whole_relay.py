@@ -14,7 +14,7 @@ from proxy.answer import Headers, bill_headers, billed_body
 from proxy.errors import CallError, InternalError
 from proxy.live_session import LiveSession
 from proxy.session import Ending
-from proxy.settlement import Bill, Settler, reply_within
+from proxy.settlement import Bill, Settler
 from proxy.upstream import CHANNELS, PreparedCall, SessionEnded, Upstreams, report
 
 
@@ -58,7 +58,7 @@ class WholeRelay:
         self, session: LiveSession, call: PreparedCall, ending: Ending
     ) -> tuple[Bill, Settled | Gone | None]:
         due, settling = self._settler.begin(session, call, ending)
-        return due, await reply_within(settling, self._bounds.settle_reply_ms / 1000)
+        return due, await self._settler.reply(settling)
 
 
 def _meter(session: LiveSession, answer: Answer) -> None:

@@ -77,14 +77,16 @@ def test_what_is_no_json_object_is_refused(body: bytes) -> None:
 
 @given(
     st.dictionaries(st.text(max_size=6), VALUES, max_size=5),
-    st.sampled_from([None, 1, 3]),
+    st.sampled_from([None, None, 1, 3]),
+    st.sampled_from([(",", ":"), (", ", ": "), (",", ": "), (" ,", " :")]),
     st.booleans(),
     st.text(max_size=3),
 )
 def test_any_object_reads_and_splices_like_json(
-    value: dict[str, object], indent: int | None, ascii_only: bool, new: str
+    value: dict[str, object], indent: int | None, separators: tuple[str, str], ascii_only: bool, new: str
 ) -> None:
-    body = json.dumps(value, indent=indent, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
+    written = json.dumps(value, indent=indent, separators=separators, ensure_ascii=ascii_only)
+    body = written.encode("utf-8", "surrogatepass")
     try:
         body.decode()
     except UnicodeDecodeError:
@@ -92,6 +94,28 @@ def test_any_object_reads_and_splices_like_json(
     root = RootObject(body)
     assert {name: json.loads(root.raw(name) or b"") for name in root.spans} == value
     assert json.loads(root.replaced({new: b"[7]"})) == {**value, new: [7]}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"a":1,"b":[2, 3]}',
+        b'{"a": 1, "b": [2,3]}',
+        b'{"a": 1,"b":[2,3]}',
+        b'{"a":1, "b":[2,3]}',
+        b'\n{\n  "a": 1,\n  "b": [2]\n}\n',
+        b'{"\xc3\xa9":1,"b":2}',
+        b'{"\xc3\xa9": 1, "b": 2}',
+        b'{"\\"":1,"b":2}',
+        b'{"\\"": 1, "b": 2}',
+        b'{"\\u0061": 1, "b": 2}',
+        b'{"":1}',
+    ],
+)
+def test_spans_are_those_of_the_values_however_the_members_are_written(body: bytes) -> None:
+    root = RootObject(body)
+    assert {name: json.loads(root.raw(name) or b"") for name in root.spans} == json.loads(body)
+    assert all(body[start:end].strip() == body[start:end] for start, end in root.spans.values())
 
 
 @pytest.mark.parametrize(("depth", "exceeds"), [(127, False), (128, False), (129, True)])

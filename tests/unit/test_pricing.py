@@ -13,8 +13,7 @@ from metering.pricing import (
     TOKENS_MAX,
     TokenUsage,
     cost,
-    hold_cost,
-    output_tokens_covered,
+    hold_rates,
     rates_for,
     sane,
 )
@@ -34,6 +33,16 @@ def flat(rate_in: int, rate_out: int, cached: int | None = None) -> CompiledPric
         audio_input=rate_in,
         audio_output=rate_out,
     )
+
+
+def hold_cost(price: CompiledPrice, prompt: int, output: int, *, audio: bool = False) -> int:
+    """What a hold beside this prompt takes."""
+    return hold_rates([price], prompt, audio=audio).hold_cost(prompt, output)
+
+
+def output_tokens_covered(price: CompiledPrice, budget: int, prompt: int, *, audio: bool = False) -> int:
+    """What of the output a hold of `budget` covers beside this prompt."""
+    return hold_rates([price], prompt, audio=audio).output_covered(budget, prompt)
 
 
 @st.composite
@@ -178,3 +187,20 @@ def test_a_hold_with_audio_covers_audio_and_inverts_exactly(
     covered = output_tokens_covered(price, budget, prompt, audio=True)
     assert covered < 0 or hold_cost(price, prompt, covered, audio=True) <= budget
     assert covered == TOKENS_MAX or hold_cost(price, prompt, covered + 1, audio=True) > budget
+
+
+@given(several=st.lists(prices(), min_size=1, max_size=3), prompt=TOKENS, output=TOKENS, budget=st.integers(0, 10**12))
+def test_a_hold_covers_the_dearest_of_several_prices(
+    several: list[CompiledPrice], prompt: int, output: int, budget: int
+) -> None:
+    rates = hold_rates(several, prompt)
+    alone = [hold_rates([price], prompt) for price in several]
+    assert rates.hold_cost(prompt, output) == max(one.hold_cost(prompt, output) for one in alone)
+    assert rates.output_cost(output) == max(one.output_cost(output) for one in alone)
+    assert rates.output_covered(budget, prompt) == min(one.output_covered(budget, prompt) for one in alone)
+
+
+@given(price=prices(), output=TOKENS)
+def test_a_slice_covers_its_output_and_nothing_of_the_prompt(price: CompiledPrice, output: int) -> None:
+    rates = hold_rates([price], 0)
+    assert rates.output_cost(output) == rates.hold_cost(0, output) - price.request

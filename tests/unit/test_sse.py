@@ -84,3 +84,22 @@ def test_cuts_change_nothing(wire: bytes, cuts: list[int]) -> None:
     places = sorted({min(cut, len(wire)) for cut in cuts} | {0, len(wire)})
     pieces = [wire[a:b] for a, b in itertools.pairwise(places)]
     assert frames(*pieces) == frames(wire) == frames(*[wire[i : i + 1] for i in range(len(wire))])
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            [b"data: a\n\n", b"data: \n\n", b"data: a\r\n\r\n", b"data:b\n\n", b": c\n\n", b"data: a\nx", b"\n"]
+        )
+    )
+)
+def test_a_read_that_brings_one_frame_gives_what_its_bytes_give(pieces: list[bytes]) -> None:
+    wire = b"".join(pieces)
+    assert frames(*pieces) == frames(*[wire[i : i + 1] for i in range(len(wire))])
+
+
+@pytest.mark.parametrize("started", [b"", b"data: x\n\n"])
+def test_the_bound_is_the_same_for_a_frame_that_comes_alone(started: bytes) -> None:
+    assert frames(started, b"data: 12345\n\n", frame_bytes_max=5)[-1:] == [(b"", b"12345")]
+    with pytest.raises(FrameTooLarge):
+        frames(started, b"data: 123456\n\n", frame_bytes_max=5)

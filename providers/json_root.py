@@ -135,18 +135,26 @@ class RootObject:
 
     def replaced(self, changes: Mapping[str, bytes]) -> bytes:
         """The body with these members' values replaced, or added at the end where they were absent."""
+        body = self.body
+        spliced: list[tuple[tuple[int, int], bytes]] = []
+        added: list[bytes] = []
+        for name, value in changes.items():
+            span = self.spans.get(name)
+            if span is None:
+                added.append(b"%b:%b" % (_encode(name), value))
+            else:
+                spliced.append((span, value))
+        spliced.sort()
         parts: list[bytes] = []
         at = 0
-        spans = sorted((self.spans[name], value) for name, value in changes.items() if name in self.spans)
-        for (start, end), value in spans:
-            parts += (self.body[at:start], value)
+        for (start, end), value in spliced:
+            parts += (body[at:start], value)
             at = end
-        added = [b"%b:%b" % (_encode(name), value) for name, value in changes.items() if name not in self.spans]
         if added:
-            close = self.body.rindex(b"}")
-            parts += (self.body[at:close], b"," if self.spans else b"", b",".join(added))
+            close = body.rindex(b"}")
+            parts += (body[at:close], b"," if self.spans else b"", b",".join(added))
             at = close
-        parts.append(self.body[at:])
+        parts.append(body[at:])
         return b"".join(parts)
 
 

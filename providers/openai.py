@@ -209,13 +209,8 @@ class OpenAICodec:
             events.append(Chunk(payload))
 
     def _usage(self, raw: bytes | None, events: list[Event]) -> None:
-        """Note a report. One that cannot be read is passed on as one that nobody will believe."""
-        if raw is None:
-            return
-        try:
-            usage = usage_of(raw)
-        except UNREADABLE:
-            usage = ReportedUsage(prompt=-1, output=-1)
+        """Note a report."""
+        usage = _reported(raw)
         if usage is not None:
             events.append(UsageSeen(usage))
 
@@ -246,9 +241,7 @@ class OpenAICodec:
         choices = root.raw("choices") or b""
         if not choices.startswith(b"["):
             return _garbage("The provider's answer has no choices.")
-        reported: list[Event] = []
-        self._usage(root.raw("usage"), reported)
-        usage = next((event.usage for event in reported if isinstance(event, UsageSeen)), None)
+        usage = _reported(root.raw("usage"))
         if usage is None:
             decode_any(choices)  # its text will be counted, so it must be readable
         rename = self._call.rename_to
@@ -290,6 +283,14 @@ class OpenAIAnswer(msgspec.Struct):
                 deltas = deltas_of(position, lenient_delta(message))
                 found += [(delta.choice, int(delta.channel), delta.tool, delta.text) for delta in deltas]
         return found
+
+
+def _reported(raw: bytes | None) -> ReportedUsage | None:
+    """The usage in a member. One that cannot be read is passed on as one that nobody will believe."""
+    try:
+        return None if raw is None else usage_of(raw)
+    except UNREADABLE:
+        return ReportedUsage(prompt=-1, output=-1)
 
 
 def _truncated(message: str) -> ProviderFailure:

@@ -14,7 +14,23 @@ from providers.codec import ChatCall
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _encode = msgspec.json.encode
 _EMPTY = b'{"id":"chatcmpl-tollgate","object":"chat.completion.chunk","created":0,"model":""}'
-_OWN = ("id", "object", "created", "model", "service_tier", "system_fingerprint")
+_ABSENT = msgspec.Raw()
+_NO_CHOICES = msgspec.Raw(b"[]")
+
+
+class _Own(msgspec.Struct, omit_defaults=True, gc=False):
+    """A payload of ours: the members that identify the stream, as its first chunk has them, and choices."""
+
+    id: msgspec.Raw = _ABSENT
+    object: msgspec.Raw = _ABSENT
+    created: msgspec.Raw = _ABSENT
+    model: msgspec.Raw = _ABSENT
+    service_tier: msgspec.Raw = _ABSENT
+    system_fingerprint: msgspec.Raw = _ABSENT
+    choices: msgspec.Raw = _ABSENT
+
+
+_own = msgspec.json.Decoder(_Own).decode
 
 
 def repaired(payload: bytes, rename_to: str | None, *, choices: bool, null_usage: bool) -> bytes:
@@ -54,22 +70,22 @@ def _indexed(position: int, call: dict[str, msgspec.Raw]) -> dict[str, Any]:
     return {"index": position, **{name: value for name, value in call.items() if name != "index"}}
 
 
-def _own_members(first: bytes | None, call: ChatCall) -> dict[str, Any]:
-    """The identifying members of the stream's first chunk, for a payload of ours beside it."""
-    members = _members(first or _EMPTY)
-    own: dict[str, Any] = {name: members[name] for name in _OWN if name in members}
+def _own_payload(first: bytes | None, choices: msgspec.Raw, call: ChatCall) -> bytes:
+    """A payload that looks like the stream's first chunk, with these choices."""
+    own = _own(first or _EMPTY)
     if call.rename_to is not None or first is None:
-        own["model"] = call.rename_to or call.model
-    return own
+        own.model = msgspec.Raw(_encode(call.rename_to or call.model))
+    own.choices = choices
+    return _encode(own)
 
 
 def finish_payload(first: bytes | None, choice: int, reason: str, call: ChatCall) -> bytes:
     """A chunk that ends one choice."""
     end = {"index": choice, "delta": {}, "logprobs": None, "finish_reason": reason}
-    return _encode({**_own_members(first, call), "choices": [end]})
+    return _own_payload(first, msgspec.Raw(_encode([end])), call)
 
 
 def usage_payload(first: bytes | None, usage: bytes, extra: bytes, call: ChatCall) -> bytes:
     """The usage chunk: no choices, the given usage object, then `extra` (members with a leading comma, or nothing)."""
-    head = _encode({**_own_members(first, call), "choices": []})
+    head = _own_payload(first, _NO_CHOICES, call)
     return b'%b,"usage":%b%b}' % (head[:-1], usage, extra)

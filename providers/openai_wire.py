@@ -187,6 +187,7 @@ def _lenient_custom(raw: Any) -> ToolFunction | None:
 
 
 _SPOKEN = ("audio", "thinking", "reasoning_details")
+_SPOKEN_NAMES = tuple(encode(name) for name in _SPOKEN)
 _NO_TEXT = frozenset(("id", "type", "object", "index", "data", "signature", "format", "encrypted_content"))
 
 
@@ -196,7 +197,9 @@ def unheard(payload: bytes) -> list[Delta]:
     Only chunks without any other text are asked, so that an ordinary stream does not pay for it. Members that nobody
     knows are not counted: they may be no output at all, and a charge must not exceed the provider's.
     """
-    found = []
+    found: list[Delta] = []
+    if b"\\" not in payload and not any([payload.find(name) >= 0 for name in _SPOKEN_NAMES]):
+        return found  # most of them: the role's chunk
     for choice in _dicts(decode_any(payload).get("choices") or []):
         delta, index = choice.get("delta"), choice.get("index")
         if isinstance(delta, dict):
@@ -226,11 +229,60 @@ def _text(value: Any) -> str | None:
     return None
 
 
+class PromptDetails(msgspec.Struct, gc=False, forbid_unknown_fields=True):
+    cached_tokens: int | None = None
+    cache_write_tokens: int | None = None
+    audio_tokens: int | None = None
+
+
+class OutputDetails(msgspec.Struct, gc=False, forbid_unknown_fields=True):
+    reasoning_tokens: int | None = None
+    audio_tokens: int | None = None
+    accepted_prediction_tokens: int | None = None
+    rejected_prediction_tokens: int | None = None
+
+
+class WireUsage(msgspec.Struct, gc=False, forbid_unknown_fields=True):
+    """Usage as OpenAI sends it, both counts there. Nothing in it is skipped, so reading it checks all of it."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int | None = None
+    prompt_tokens_details: PromptDetails | None = None
+    completion_tokens_details: OutputDetails | None = None
+    prompt_cache_hit_tokens: int | None = None
+
+
+_decode_usage = msgspec.json.Decoder(WireUsage).decode
+_NOT_GIVEN, _NOT_MADE = PromptDetails(), OutputDetails()
+
+
 def usage_of(raw: bytes) -> ReportedUsage | None:
     """Read a usage object; None when it is not an object or names no token count.
 
     Counts that are not integers come back as -1, so that whoever prices them refuses the whole report.
     """
+    try:
+        usage = _decode_usage(raw)
+    except msgspec.ValidationError:
+        return lenient_usage(raw)
+    given = usage.prompt_tokens_details or _NOT_GIVEN
+    made = usage.completion_tokens_details or _NOT_MADE
+    cached = usage.prompt_cache_hit_tokens if given.cached_tokens is None else given.cached_tokens
+    return ReportedUsage(
+        prompt=usage.prompt_tokens,
+        output=usage.completion_tokens,
+        cached=cached or 0,
+        cache_write=given.cache_write_tokens or 0,
+        reasoning=made.reasoning_tokens or 0,
+        audio_input=given.audio_tokens or 0,
+        audio_output=made.audio_tokens or 0,
+        raw=raw,
+    )
+
+
+def lenient_usage(raw: bytes) -> ReportedUsage | None:
+    """What `usage_of` returns, for usage of any shape."""
     value = decode_any(raw)
     if not isinstance(value, dict):
         return None
@@ -251,7 +303,7 @@ def usage_of(raw: bytes) -> ReportedUsage | None:
         reasoning=_count(made, "reasoning_tokens") or 0,
         audio_input=_count(given, "audio_tokens") or 0,
         audio_output=_count(made, "audio_tokens") or 0,
-        raw=bytes(raw),
+        raw=raw,
     )
 
 

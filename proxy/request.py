@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -102,8 +103,10 @@ class ChatRequest(msgspec.Struct):
                     changes[name] = b"%d" % limit
             if limit_field is not None and limit_field not in self.limits:
                 changes[limit_field] = b"%d" % limit
-            elif not self.limits and not _within_own(model, limit):
-                changes["max_completion_tokens" if newer_family(model) else "max_tokens"] = b"%d" % limit
+            elif not self.limits:
+                own = _own_output_max(model)
+                if own is None or own > limit:
+                    changes["max_completion_tokens" if newer_family(model) else "max_tokens"] = b"%d" % limit
         return self.root.replaced(changes) if changes else self.root.body
 
     def _stream_options(self) -> bytes:
@@ -113,10 +116,11 @@ class ChatRequest(msgspec.Struct):
         return RootObject(raw).replaced({"include_usage": b"true"})
 
 
-def _within_own(model: str, limit: int) -> bool:
-    """Whether a model's own maximum keeps its output within `limit`: those models refuse a limit above it."""
+@lru_cache(maxsize=1_000)
+def _own_output_max(model: str) -> int | None:
+    """The most that a model writes, where it refuses a limit above that; None for others."""
     name = model.rpartition("/")[2].lower()
-    return next((most for pattern, most in _OWN_OUTPUT_MAX if pattern.match(name)), limit + 1) <= limit
+    return next((most for pattern, most in _OWN_OUTPUT_MAX if pattern.match(name)), None)
 
 
 def read_chat(body: bytes, bounds: Bounds) -> ChatRequest:

@@ -87,6 +87,7 @@ class DataPlane:
             await self._chat(scope, receive, send, share)
         finally:
             share.release()
+            del scope["state"]["connection"]  # it knows its scope: a circle that only a collection would free
 
     async def _chat(self, scope: Scope, receive: Receive, send: Send, share: BodyShare) -> None:
         began = time.monotonic()
@@ -128,6 +129,7 @@ class DataPlane:
         finally:
             connection.on_gone = None
             session.abort_client = None  # the connection may carry another request next
+            session.client = session.task = None
             self._settler.abandoned(session, call)
         _log(state, session, bill, began)
 

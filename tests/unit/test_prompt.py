@@ -211,6 +211,37 @@ def test_what_has_no_rule_is_estimated_at_least_by_half_its_bytes(value: object)
     assert estimate[:2] == (4 + prompt_bytes(value) // 2 + 1 + 3, "estimated")
 
 
+PLAIN = st.fixed_dictionaries(
+    {"role": st.sampled_from(list(_ROLE_TOKENS)), "content": st.text(max_size=30) | st.sampled_from(list(_ROLE_TOKENS))}
+)
+NEARLY_PLAIN: st.SearchStrategy[dict[str, Any]] = st.one_of(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "none", "", None, 5, []]), "content": st.text(max_size=9)}),
+    st.fixed_dictionaries({"role": st.just("user"), "content": st.none() | st.integers() | st.lists(st.text())}),
+    st.fixed_dictionaries({"content": st.text(max_size=9), "name": st.text(max_size=9)}),
+    st.fixed_dictionaries({"role": st.just("user"), "content": st.text(max_size=9), "name": st.text(max_size=9)}),
+    st.dictionaries(st.sampled_from(["role", "content"]), st.text(max_size=9), max_size=1),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    messages=st.lists(PLAIN, max_size=5) | st.lists(PLAIN | NEARLY_PLAIN, max_size=5) | JSON,
+    model=st.sampled_from(["gpt-4o", "o3", "a/gpt-5", "ft:ft:o3", "FT:o1", ""]),
+    sizes=st.none() | st.dictionaries(st.sampled_from(["model", "messages", "tools", "user"]), st.integers(0, 999)),
+    exact=st.integers(0, 60) | st.just(2**20),
+    tools=st.sampled_from([None, [], {}, 0, ""]),
+)
+def test_plain_messages_come_out_as_by_the_rules_for_all(
+    messages: object, model: str, sizes: dict[str, int] | None, exact: int, tools: object
+) -> None:
+    """A member that nobody knows, of no bytes, adds nothing and leads through the rules."""
+
+    def counted(sizes: dict[str, int] | None) -> PromptEstimate:
+        return estimate_prompt(O200K, model, messages, tools=tools, sizes=sizes, exact_bytes_max=exact)
+
+    assert counted(sizes) == counted({**(sizes or {}), "unknown": 0})
+
+
 def test_a_schema_as_deep_as_a_body_may_be_does_not_exhaust_the_stack() -> None:
     schema: dict[str, Any] = {"type": "string"}
     for _ in range(500):

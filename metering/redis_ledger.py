@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Iterable
-from typing import Any, TypeVar
+from typing import Any
 
-from metering import ledger_replies, scripts
-from metering.keys import SHARD_COUNT, SHARDS
+from metering import ledger_replies
+from metering.keys import SHARDS
 from metering.ledger import (
     AccountRef,
     Balance,
@@ -23,7 +22,6 @@ from metering.ledger import (
     GrantRequest,
     Held,
     HoldRequest,
-    LedgerError,
     LedgerFrozen,
     LedgerUnavailable,
     Outcome,
@@ -36,11 +34,10 @@ from metering.ledger import (
     Snapshot,
     Swept,
 )
+from metering.ledger_calls import LedgerCalls, answered
 from metering.ledger_replies import REFUSALS
 from metering.scripts import Caller, Script, Word
 from storage.redis_client import RedisReplyError, RedisUnavailable
-
-T = TypeVar("T")
 
 SNAPSHOT_TRIES = 5
 RETRY_FIRST_S = 0.05
@@ -55,7 +52,7 @@ _VOID_ARGS = "ep uid sid kid fence metadata"
 _SWEEP_ARGS = "ep uid sid kid"
 
 
-class RedisLedger:
+class RedisLedger(LedgerCalls):
     """One process's ledger. `lease_ms` is what reserve and progress ask for.
 
     settle and void repeat themselves while Redis gives no answer, at most `tries` times within `budget_ms`. They and
@@ -72,12 +69,11 @@ class RedisLedger:
         loaded: dict[str, Script] | None = None,
         settling: Caller | None = None,
     ) -> None:
-        self._client = client
+        super().__init__(client, loaded)
         self._settling = settling or client
         self._lease_ms = lease_ms
         self._tries = tries
         self._budget_s = budget_ms / 1000
-        self._scripts = loaded or scripts.load()
         self._reserve, self._progress = self._scripts["reserve"], self._scripts["progress"]
         self._settle, self._void, self._sweep = (self._scripts[name] for name in ("settle", "void", "sweep"))
         self._reserve.check(_RESERVE_KEYS, _RESERVE_ARGS)
@@ -85,27 +81,6 @@ class RedisLedger:
         self._settle.check(_FINISH_KEYS, _SETTLE_ARGS)
         self._void.check(_FINISH_KEYS, _VOID_ARGS)
         self._sweep.check(_FINISH_KEYS, _SWEEP_ARGS)
-        self._epochs: list[bytes | None] = [None] * SHARD_COUNT
-
-    async def start(self) -> None:
-        """Load the scripts and read every shard's epoch, in one pipeline. Raises LedgerUnavailable.
-
-        A shard without one stays frozen for this process until it has one; call again after a rebuild.
-        """
-        loading = [self._client.call("SCRIPT", "LOAD", script.text) for script in self._scripts.values()]
-        reading = [self._client.call("HGET", shard.meta, "ep") for shard in SHARDS]
-        answers = await _answered(asyncio.gather(*loading, *reading))
-        self._epochs = answers[len(loading) :]
-
-    async def init_shards(self, numbers: Iterable[int], epoch: int = 1) -> None:
-        """Create the meta of shards that have none. The caller knows that the journal has nothing of them either."""
-        script = self._scripts["init"]
-        calls = [(v, script.place({"meta": SHARDS[v].meta}, {"ep": epoch})) for v in numbers]
-        replies = await _answered(asyncio.gather(*(scripts.run(self._client, script, words) for _, words in calls)))
-        for (number, _), reply in zip(calls, replies, strict=True):
-            if reply[0] == b"BOUNDS":
-                raise LedgerError("init refused: the epoch must be a positive integer")
-            self._epochs[number] = reply[1]
 
     # --- the hot verbs
 
@@ -188,7 +163,7 @@ class RedisLedger:
         (the session is still owed), LedgerFrozen, LedgerError."""
         epoch = self._epochs[ref.account.shard] or await self._epoch(ref.account.shard)
         words = _finish_words(epoch, ref, ref.fence, charge, outcome, metadata)
-        return ledger_replies.ended(self._settle, await self._run_owed(self._settle, words), swept_is_gone=True)
+        return self._settle_reply(await self._run_owed(self._settle, words))
 
     async def void(self, ref: SessionRef, metadata: bytes = b"") -> Settled | Gone:
         """Return the whole hold. An unknown session is `Gone("unknown")` and leaves a tombstone against a late reserve.
@@ -196,7 +171,40 @@ class RedisLedger:
         `fence` 0 in `ref` says that reserve's answer never came. Raises as `settle` does."""
         epoch = await self._epoch_of(ref.account.shard)
         words = _finish_words(epoch, ref, ref.fence, metadata)
-        reply = await self._run_owed(self._void, words)
+        return self._void_reply(await self._run_owed(self._void, words))
+
+    def settle_sent(
+        self, ref: SessionRef, charge: int, outcome: Outcome, metadata: bytes
+    ) -> asyncio.Future[Any] | None:
+        """The first try of `settle`, for outcome void of `void`, sent without a coroutine; `settled` reads what it
+        brings. None, with nothing sent, when the shard's epoch is not known yet."""
+        epoch = self._epochs[ref.account.shard]
+        if epoch is None:
+            return None
+        if outcome == "void":
+            script, words = self._void, _finish_words(epoch, ref, ref.fence, metadata)
+        else:
+            script, words = self._settle, _finish_words(epoch, ref, ref.fence, charge, outcome, metadata)
+        return self._settling.call("EVALSHA", script.sha, *words)
+
+    def settled(self, outcome: Outcome, sent: asyncio.Future[Any]) -> Settled | Gone:
+        """What `settle_sent` brought. Raises LedgerUnavailable (call `settle` or `void`), LedgerFrozen, LedgerError."""
+        try:
+            reply: list[Any] = sent.result()
+        except RedisReplyError as error:
+            if error.code == "NOSCRIPT":
+                raise LedgerUnavailable(str(error)) from error  # the other way loads it
+            raise ledger_replies.translated(error) from error
+        except RedisUnavailable as error:
+            raise LedgerUnavailable(str(error)) from error
+        if reply[0] == b"EPOCH":
+            raise LedgerFrozen("the shard is frozen or has another epoch")
+        return self._void_reply(reply) if outcome == "void" else self._settle_reply(reply)
+
+    def _settle_reply(self, reply: list[Any]) -> Settled | Gone:
+        return ledger_replies.ended(self._settle, reply, swept_is_gone=True)
+
+    def _void_reply(self, reply: list[Any]) -> Settled | Gone:
         if reply[0] == b"TOMBSTONE":
             return Gone("unknown")
         if reply[0] == b"FINAL" and reply[5] != b"void":
@@ -215,7 +223,7 @@ class RedisLedger:
             script, script.place({"meta": at.meta, "leases": at.leases}, {"ep": epoch, "limit": limit})
         )
         named = [member.decode().split("|", 1) for member in due[1:]]
-        keys = await _answered(asyncio.gather(*(self._client.call("HGET", at.session + sid, "k") for _, sid in named)))
+        keys = await answered(asyncio.gather(*(self._client.call("HGET", at.session + sid, "k") for _, sid in named)))
         swept = await asyncio.gather(
             *(
                 self._sweep_one(epoch, SessionRef(sid, AccountRef(uid, shard), key.decode() if key else "-", 0))
@@ -275,7 +283,7 @@ class RedisLedger:
             self._client.call("HGET", shard.meta, "ep"),
             self._client.call("HMGET", shard.account + account.id, "av", "hd", "db", "tc", "ns"),
         )
-        epoch, row = await _answered(asyncio.gather(*calls))
+        epoch, row = await answered(asyncio.gather(*calls))
         if epoch is None or epoch != await self._epoch_of(shard.number):
             raise LedgerFrozen(f"shard {shard.number} is frozen")
         return Balance(*(int(value or 0) for value in row))
@@ -283,7 +291,7 @@ class RedisLedger:
     async def past(self, account: AccountRef, session: str) -> Past | None:
         """What became of a session of the account; None when Redis does not know it. Raises LedgerUnavailable."""
         name = SHARDS[account.shard].session + session
-        row = await _answered(self._client.call("HMGET", name, "st", "o", "c", "u"))
+        row = await answered(self._client.call("HMGET", name, "st", "o", "c", "u"))
         return ledger_replies.read_past(row, account.id)
 
     async def snapshot(self, account: AccountRef) -> Snapshot:
@@ -298,7 +306,7 @@ class RedisLedger:
 
     async def _snapshot(self, account: AccountRef) -> Snapshot:
         shard, uid, script = SHARDS[account.shard], account.id, self._scripts["audit"]
-        members = await _answered(self._client.call("ZRANGE", shard.leases, "0", "-1"))
+        members = await answered(self._client.call("ZRANGE", shard.leases, "0", "-1"))
         mine = f"{uid}|".encode()
         sids: list[Word] = [member[len(mine) :] for member in members if member.startswith(mine)]
         reply = await self._run(
@@ -320,36 +328,6 @@ class RedisLedger:
         return ledger_replies.read_snapshot(reply)
 
     # --- plumbing
-
-    async def _epoch_of(self, number: int) -> bytes:
-        return self._epochs[number] or await self._epoch(number)
-
-    async def _epoch(self, number: int) -> bytes:
-        """The epoch of a shard that had none when we looked last. Nothing of ours can be open there."""
-        epoch: bytes | None = await _answered(self._client.call("HGET", SHARDS[number].meta, "ep"))
-        if epoch is None:
-            raise LedgerFrozen(f"shard {number} has no meta key: its admission state was lost or never made")
-        self._epochs[number] = epoch
-        return epoch
-
-    async def _run(
-        self, script: Script, words: list[Word] | tuple[Word, ...], client: Caller | None = None
-    ) -> list[Any]:
-        client = client or self._client
-        try:
-            try:
-                reply: list[Any] = await client.call("EVALSHA", script.sha, *words)
-            except RedisReplyError as error:
-                if error.code != "NOSCRIPT":  # as `scripts.run`, without its frame: this is on every call's way
-                    raise
-                reply = await client.call("EVAL", script.text, *words)
-        except RedisReplyError as error:
-            raise ledger_replies.translated(error) from error
-        except RedisUnavailable as error:
-            raise LedgerUnavailable(str(error)) from error
-        if reply[0] == b"EPOCH":
-            raise LedgerFrozen(f"{script.name}: the shard is frozen or has another epoch")
-        return reply
 
     async def _run_owed(self, script: Script, words: tuple[Word, ...]) -> list[Any]:
         """`_run`, repeated while there is no answer: a settlement is owed until it is known to be done."""
@@ -387,13 +365,3 @@ def _finish_words(epoch: bytes, ref: SessionRef, *tail: Word) -> tuple[Word, ...
         kid,
         *tail,
     )
-
-
-async def _answered(call: Awaitable[T]) -> T:
-    """A call's result, with the client's errors in the ledger's words."""
-    try:
-        return await call
-    except RedisReplyError as error:
-        raise ledger_replies.translated(error) from error
-    except RedisUnavailable as error:
-        raise LedgerUnavailable(str(error)) from error

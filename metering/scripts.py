@@ -6,9 +6,10 @@ Must not: know what any script means, or change what a header says.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +26,7 @@ _HEADER = re.compile(r"^-- (USES|KEYS|ARGV|RETURN): (.*)$", re.MULTILINE)
 class Caller(Protocol):
     """The part of the Redis client that scripts need."""
 
-    def call(self, *args: Word) -> Awaitable[Any]:
+    def call(self, *args: Word) -> asyncio.Future[Any]:
         """Send one command; the awaited result is its reply."""
 
 

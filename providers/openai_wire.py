@@ -82,17 +82,22 @@ _NO_USAGE = (msgspec.Raw(b"null"), msgspec.Raw())
 
 
 def only_text(chunk: WireChunk) -> Delta | None:
-    """The chunk's one piece of content when there is nothing else in it that anyone acts on."""
+    """The chunk's one piece of content or reasoning when there is nothing else in it that anyone acts on."""
     choices = chunk.choices
     if not choices or len(choices) > 1 or chunk.error is not None or chunk.x_groq is not None:
         return None
     choice = choices[0]
     delta = choice.delta
-    if delta is None or not delta.content or choice.finish_reason is not None or chunk.usage not in _NO_USAGE:
+    if delta is None or choice.finish_reason is not None or chunk.usage not in _NO_USAGE:
         return None
-    if delta.reasoning_content or delta.reasoning or delta.refusal or delta.tool_calls or delta.function_call:
+    if delta.refusal or delta.tool_calls or delta.function_call:
         return None
-    return Delta(choice.index, Channel.CONTENT, 0, delta.content)
+    content, reasoning = delta.content, delta.reasoning_content or delta.reasoning
+    if content and not reasoning:
+        return Delta(choice.index, Channel.CONTENT, 0, content)
+    if reasoning and not content:
+        return Delta(choice.index, Channel.REASONING, 0, reasoning)
+    return None
 
 
 def deltas_of(choice: int, delta: WireDelta) -> list[Delta]:
@@ -187,7 +192,6 @@ def _lenient_custom(raw: Any) -> ToolFunction | None:
 
 
 _SPOKEN = ("audio", "thinking", "reasoning_details")
-_SPOKEN_NAMES = tuple(encode(name) for name in _SPOKEN)
 _NO_TEXT = frozenset(("id", "type", "object", "index", "data", "signature", "format", "encrypted_content"))
 
 
@@ -197,9 +201,7 @@ def unheard(payload: bytes) -> list[Delta]:
     Only chunks without any other text are asked, so that an ordinary stream does not pay for it. Members that nobody
     knows are not counted: they may be no output at all, and a charge must not exceed the provider's.
     """
-    found: list[Delta] = []
-    if b"\\" not in payload and not any([payload.find(name) >= 0 for name in _SPOKEN_NAMES]):
-        return found  # most of them: the role's chunk
+    found = []
     for choice in _dicts(decode_any(payload).get("choices") or []):
         delta, index = choice.get("delta"), choice.get("index")
         if isinstance(delta, dict):

@@ -53,6 +53,28 @@ def bill(session: LiveSession, ending: Ending, prompt_kind: str) -> Bill:
     return Bill(charged, prompt_kind, cost(price, charged), outcome, usage.output)
 
 
+class _Owed(msgspec.Struct):
+    """One settlement on its way."""
+
+    session: LiveSession
+    route: Route
+    ending: Ending
+    due: Bill
+    metadata: bytes
+
+
+def _refused(owed: _Owed, error: LedgerError) -> None:
+    telemetry.SETTLE_FAILED.inc()
+    telemetry.log.error(
+        "the ledger refused a settlement; the session stays open",
+        session=owed.session.id,
+        account=owed.session.ref.account.id,
+        ending=owed.ending.value,
+        due_micros=owed.due.micros,
+        reason=str(error),
+    )
+
+
 class Settler:
     """Settles sessions of this worker."""
 
@@ -64,9 +86,9 @@ class Settler:
 
     def begin(
         self, session: LiveSession, call: PreparedCall, ending: Ending
-    ) -> tuple[Bill, asyncio.Task[Settled | Gone | None]]:
-        """Fix the bill now and settle in a task of its own, whose result is None when the ledger refused it. Call once
-        per session."""
+    ) -> tuple[Bill, asyncio.Future[Settled | Gone | None]]:
+        """Fix the bill now and settle, whatever becomes of the request. The future brings the ledger's answer, or None
+        when the ledger refused it. Call once per session."""
         if session.exchange is not None:
             session.request_sent = session.exchange.sent
             session.exchange.release()
@@ -74,8 +96,16 @@ class Settler:
         due = bill(session, ending, call.prompt_kind)
         session.advance(Phase.SETTLING)
         session.content_due = None
-        metadata = self._metadata(session, call, ending, due)
-        return due, self._live.detach(self._settle(session, call.route, ending, due, metadata))
+        owed = _Owed(session, call.route, ending, due, self._metadata(session, call, ending, due))
+        settling: asyncio.Future[Settled | Gone | None] = asyncio.get_running_loop().create_future()
+        sent = None  # a checkpoint under way must not come after it
+        if session.checkpoint is None:
+            sent = self._ledger.settle_sent(session.ref, due.micros, due.outcome, owed.metadata)
+        if sent is None:
+            self._live.detach(self._settle(owed, settling))
+        else:
+            sent.add_done_callback(lambda sent: self._answered(owed, sent, settling))
+        return due, settling
 
     def abandoned(self, session: LiveSession, call: PreparedCall) -> None:
         """The request's task is over. Whatever ended it, a session that nobody began to settle is settled now: its
@@ -83,8 +113,8 @@ class Settler:
         if session.phase < Phase.SETTLING:
             self.begin(session, call, session.ending or Ending.INTERNAL)
 
-    async def reply(self, settling: asyncio.Task[Settled | Gone | None]) -> Settled | Gone | None:
-        """The settlement's answer, if it comes in `settle_reply_ms` (to the tick); the task goes on either way."""
+    async def reply(self, settling: asyncio.Future[Settled | Gone | None]) -> Settled | Gone | None:
+        """The settlement's answer, if it comes in `settle_reply_ms` (to the tick). It goes on either way."""
         over = self._live.wake_after(self._reply_s)
 
         def end(_: object) -> None:
@@ -98,39 +128,53 @@ class Settler:
         telemetry.SETTLE_LATE.inc()
         return None
 
-    async def _settle(
-        self, session: LiveSession, route: Route, ending: Ending, due: Bill, metadata: bytes
-    ) -> Settled | Gone | None:
+    def _answered(
+        self, owed: _Owed, sent: asyncio.Future[Any], settling: asyncio.Future[Settled | Gone | None]
+    ) -> None:
+        """The first try is over. No task was needed for it; whatever must be tried again gets one."""
+        reply: Settled | Gone | None = None
+        again = False
+        try:
+            reply = self._ledger.settled(owed.due.outcome, sent)
+        except LedgerUnavailable:
+            again = True
+        except LedgerError as error:
+            _refused(owed, error)
+        finally:
+            if not again:
+                self._over(owed, reply)
+                settling.set_result(reply)
+        if again:
+            telemetry.SETTLE_RETRIED.inc()
+            self._live.detach(self._settle(owed, settling))
+
+    async def _settle(self, owed: _Owed, settling: asyncio.Future[Settled | Gone | None]) -> None:
         """Until the ledger answers: every call is idempotent. Gone when the session was no longer ours; None when the
         ledger cannot settle it: the session stays there, for the sweeper once its damage is mended."""
+        session, due = owed.session, owed.due
         if session.checkpoint is not None:
             await asyncio.wait({session.checkpoint})
+        reply: Settled | Gone | None = None
         tries = 0
         try:
-            while True:
+            while reply is None:
                 try:
-                    reply = await self._send(session, due, metadata)
-                    break
+                    reply = await self._send(session, due, owed.metadata)
                 except LedgerUnavailable:
                     telemetry.SETTLE_RETRIED.inc()
                     await asyncio.sleep(RETRY_S[min(tries, len(RETRY_S) - 1)])
                     tries += 1
         except LedgerError as error:
-            telemetry.SETTLE_FAILED.inc()
-            telemetry.log.error(
-                "the ledger refused a settlement; the session stays open",
-                session=session.id,
-                account=session.ref.account.id,
-                ending=ending.value,
-                due_micros=due.micros,
-                reason=str(error),
-            )
-            return None
+            _refused(owed, error)
         finally:
-            session.advance(Phase.FINAL)
-            self._live.remove(session)
-        self._count(session, route, ending, due, reply)
-        return reply
+            self._over(owed, reply)
+            settling.set_result(reply)
+
+    def _over(self, owed: _Owed, reply: Settled | Gone | None) -> None:
+        owed.session.advance(Phase.FINAL)
+        self._live.remove(owed.session)
+        if reply is not None:
+            self._count(owed.session, owed.route, owed.ending, owed.due, reply)
 
     async def _send(self, session: LiveSession, due: Bill, metadata: bytes) -> Settled | Gone:
         if due.outcome == "void":

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import os
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 import hiredis
@@ -153,7 +153,7 @@ class RedisClient:
         self._closed = False
         self._connection = await self._connect()
 
-    def call(self, *args: Word) -> Awaitable[Any]:
+    def call(self, *args: Word) -> asyncio.Future[Any]:
         """Send one command. The awaited result is the reply: bytes, int, None or a list of these.
 
         Raises (when awaited) RedisReplyError or RedisUnavailable. Cancelling does not unsend the command.

@@ -73,7 +73,7 @@ class ReplicatedClient:
         self._loop = asyncio.get_running_loop()
         await self._client.start()
 
-    def call(self, *args: Word) -> Awaitable[Any]:
+    def call(self, *args: Word) -> asyncio.Future[Any]:
         """Ask for one command. The awaited result is its reply, given when the WAIT of its batch was answered.
 
         Raises (when awaited) RedisReplyError, RedisUnavailable, TypeError. Cancelling does not unsend the command.

@@ -102,6 +102,16 @@ async def test_slices_have_the_rates_of_their_prompt(
     assert (session.slice_cost, session.slice_low_cost) == (100 * rate, 50 * rate)
 
 
+@pytest.mark.parametrize(("fields", "rate"), [({}, 2), ({"modalities": ["text", "audio"]}, 20)])
+async def test_without_tiers_a_prompt_of_any_length_has_the_same_rates(
+    ledger: RedisLedger, fields: dict[str, Any], rate: int
+) -> None:
+    price = msgspec.structs.replace(PRICE, tiers=())
+    for words in (10, 2_000):
+        session = await admitted(ledger, route(price), words, **fields)
+        assert (session.slice_cost, session.slice_low_cost) == (100 * rate, 50 * rate)
+
+
 LEAVING = """
 import asyncio, sys, threading, time
 import uvloop

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
@@ -52,7 +52,7 @@ class Counting:
         self.client = client
         self.runs = 0
 
-    def call(self, *args: Word) -> Awaitable[Any]:
+    def call(self, *args: Word) -> asyncio.Future[Any]:
         if args[0] == "EVALSHA":
             self.runs += 1
         return self.client.call(*args)

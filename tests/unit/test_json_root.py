@@ -40,6 +40,10 @@ def test_a_missing_member_is_added() -> None:
     assert RootObject(b'{"b":2}').replaced({"a": b"1"}) == b'{"b":2,"a":1}'
 
 
+def test_members_are_replaced_where_they_stand_in_whatever_order_they_are_named() -> None:
+    assert RootObject(b'{"a":1,"b":2}').replaced({"c": b"5", "b": b"4", "a": b"3"}) == b'{"a":3,"b":4,"c":5}'
+
+
 @pytest.mark.parametrize(
     "body",
     [

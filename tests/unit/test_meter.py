@@ -12,7 +12,7 @@ from config.price import CompiledPrice
 from metering.meter import COUNTERS_MAX, Channel, Meter
 from metering.pricing import TokenUsage, cost
 from metering.ranks import encoding
-from metering.token_counter import count_text
+from metering.token_counter import StreamCounter, count_text, utf8_bytes
 from tests.unit.test_token_counter import NASTY, CountingEncoder, cut
 
 PRICE = CompiledPrice(
@@ -135,6 +135,33 @@ def test_the_end_of_a_hold_is_found_in_a_run_without_boundaries_for_little_work(
     assert n(run * 4 * chunks) <= tokens < n(run * 4 * (chunks + 1))
     bytes_a_token = len(run.encode()) * 4 * chunks / tokens
     assert encoder.calls <= bytes_a_token * (math.log(tokens) + 3)
+
+
+def test_the_end_of_a_small_hold_is_found_in_words_with_few_looks() -> None:
+    encoder = CountingEncoder()
+    meter, chunks = Meter(PRICE, 0, encoder), 0
+    while True:
+        meter.add(0, Channel.CONTENT, " word")
+        if not meter.fits(4 * 64):
+            break
+        chunks += 1
+    assert chunks == 64
+    assert encoder.calls <= 32
+    assert encoder.characters <= 3 * len(" word") * chunks
+
+
+@settings(max_examples=80, deadline=None)
+@given(pieces=st.lists(st.sampled_from(NASTY), max_size=60), look=st.integers(1, 7))
+def test_what_a_text_can_become_holds_for_everything_that_follows(pieces: list[str], look: int) -> None:
+    counter, text, bounds = StreamCounter(O200K), "", list[tuple[int, int]]()
+    for number, piece in enumerate(pieces):
+        counter.feed(piece)
+        text += piece
+        exact, size = n(text), utf8_bytes(text)
+        assert all(exact <= most + size - before for most, before in bounds)
+        if number % look == 0:
+            assert counter.total() == exact
+        bounds.append((counter.most(), size))
 
 
 def test_a_word_whose_tokens_come_apart_again_is_counted_again() -> None:

@@ -1,7 +1,8 @@
-"""The short way that the openai codec has for ordinary chunks: always the events of the long one."""
+"""The short ways that the openai codec has for what providers mostly send: always the outcome of the long ones."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 
 from providers.codec import ChatCall, Upstream
 from providers.events import Chunk, Event
-from providers.openai import OpenAICodec
+from providers.openai import UNREADABLE, OpenAICodec
+from providers.openai_wire import lenient_usage, usage_of
 
 TRANSCRIPTS = Path(__file__).parent.parent / "transcripts" / "openai"
 NAMES = sorted(path.stem for path in TRANSCRIPTS.glob("*.sse"))
@@ -44,7 +46,9 @@ def test_the_short_way_gives_the_events_of_the_long_one(name: str, call: dict[st
 
 DELTA_MEMBERS = [
     '"role":"assistant"', '"role":null', '"refusal":"no"', '"refusal":null', '"reasoning":"hm"', '"reasoning":""',
-    '"reasoning_content":"hm"', '"tool_calls":[]', '"tool_calls":[{"function":{"name":"f","arguments":"{}"}}]',
+    '"reasoning_content":"hm"', '"reasoning_content":"hm","content":""', '"reasoning":"hm","content":null',
+    '"reasoning":"hm","reasoning_content":"hm","content":null', '"reasoning_details":[{"text":"hm"}],"content":null',
+    '"tool_calls":[]', '"tool_calls":[{"function":{"name":"f","arguments":"{}"}}]',
     '"tool_calls":[{"index":1,"custom":{"name":"c"}}]', '"function_call":null', '"function_call":{}',
     '"function_call":{"name":"f"}', '"audio":{"transcript":"heard"}', '"content":""', '"content":null',
     '"content":["a",{"text":"b"}]', '"x_tollgate":1',
@@ -115,3 +119,61 @@ def test_the_short_way_is_taken_by_an_ordinary_stream() -> None:
     ordinary = [one for one in events if isinstance(one, Chunk) and one.deltas]
     assert ordinary
     assert not {one.payload for one in ordinary[1:]} & set(went)
+
+
+COUNTS = [
+    *("1", "0", "-1", "1.0", "-0.0", "1.5", "1e3", "1e30", "1e999", "9007199254740992", "9007199254740993.0", "true"),
+    *("18446744073709551616", "9" * 5000, "null", '"5"', '"\\ud800"', "[]", "{}", '{"cached_tokens":4}'),
+    *('{"cached_tokens":3,"cache_write_tokens":2,"audio_tokens":1}', '{"reasoning_tokens":1.0,"audio_tokens":2}'),
+    *('{"accepted_prediction_tokens":1,"rejected_prediction_tokens":0,"audio_tokens":null}', '{"text_tokens":1}'),
+]  # fmt: skip
+USAGE_MEMBERS = [
+    "prompt_tokens", "completion_tokens", "total_tokens", "prompt_tokens_details", "completion_tokens_details",
+    "prompt_cache_hit_tokens", "cost",
+]  # fmt: skip
+
+
+def read_by(reader: Any, raw: bytes) -> Any:
+    try:
+        return reader(raw)
+    except UNREADABLE:
+        return "unreadable"
+
+
+@pytest.mark.parametrize("name", USAGE_MEMBERS)
+@pytest.mark.parametrize(
+    "start", ['{"prompt_tokens":9,"completion_tokens":5', '{"x":"\xff","prompt_tokens":9', '{"x":1']
+)
+def test_usage_in_the_ordinary_form_is_read_as_any_usage_is(name: str, start: str) -> None:
+    for count in COUNTS:
+        raw = f'{start},"{name}":{count}}}'.encode("latin-1")
+        assert read_by(usage_of, raw) == read_by(lenient_usage, raw), raw
+
+
+@pytest.mark.parametrize("raw", [b"[]", b"5", b"null", b"{}", b"{", b""])
+def test_what_is_no_usage_is_none_for_both_readers(raw: bytes) -> None:
+    assert read_by(usage_of, raw) == read_by(lenient_usage, raw)
+
+
+@pytest.mark.parametrize("call", [{}, {"rename_to": "mine"}])
+@pytest.mark.parametrize(
+    ("first", "kept"),
+    [
+        (b'{"choices":[{"delta":{}}]}', []),
+        (b'{"zz":1,"model":"m","choices":[{"delta":{}}],"id":7,"created":null}', ["id", "created", "model"]),
+        (b'{"system_fingerprint":"f","object":{"a":1.50},"choices":[{"delta":{}}]}', ["object", "system_fingerprint"]),
+    ],
+)
+def test_our_own_payloads_have_what_the_first_chunk_has_and_no_more(
+    first: bytes, kept: list[str], call: dict[str, Any]
+) -> None:
+    one = OpenAICodec(Upstream("p", "openai", b"/v1"), ChatCall(body=b"", model="m", stream=True, **call))
+    one.feed(b"data: " + first + b"\n\n")
+    if call and "model" not in kept:
+        kept = [name for name in ("id", "object", "created", "model", "system_fingerprint") if name in {*kept, "model"}]
+    usage, finish = json.loads(one.usage_chunk(b'{"cost":1}', b',"x":2')), json.loads(one.finish_chunk(3, "stop"))
+    assert list(usage) == [*kept, "choices", "usage", "x"]
+    assert list(finish) == [*kept, "choices"]
+    assert finish["choices"] == [{"index": 3, "delta": {}, "logprobs": None, "finish_reason": "stop"}]
+    sent = {**json.loads(first), **({"model": "mine"} if call else {})}
+    assert all(usage[name] == finish[name] == sent[name] for name in kept)

@@ -190,6 +190,16 @@ def test_the_bound_holds_after_an_exact_count_too(name: str, pieces: list[str], 
             counter.total()
 
 
+@pytest.mark.parametrize("first_look", [True, False])
+def test_a_tail_is_finished_with_all_its_tokens_by_a_boundary_behind_it(first_look: bool) -> None:
+    counter, encode = StreamCounter(encoding("o200k_base")), encoding("o200k_base")
+    pieces = ["ab" * 20, "cd" * SCAN_CHARS, " " + "ef" * SCAN_CHARS, " gh", " ij"]
+    for number, piece in enumerate(pieces):
+        counter.feed(piece)
+        if (number == 0 and first_look) or number >= 2:
+            assert counter.total() == count_text(encode, "".join(pieces[: number + 1]))
+
+
 def test_characters_are_tokenised_about_once() -> None:
     encoder = CountingEncoder()
     text = "It's 12 o'clock; the HTTPServer answers:\n  {'a': [1, 2]}\n你好\uff0c世界。\n" * 500

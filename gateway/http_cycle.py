@@ -55,12 +55,22 @@ class Cycle(RequestResponseCycle):
         else:
             raise RuntimeError(f"ASGI message '{kind}' is out of order.")
 
-    def write(self, data: bytes) -> bool:
+    def begin(self, status: int, headers: list[tuple[bytes, bytes]]) -> bool:
+        """Begin a response; its head goes out with the first piece of the body. False when that can no longer be."""
+        if self.disconnected or self.response_started:
+            return False
+        self._start(status, headers)
+        return True
+
+    def write(self, data: bytes, *, last: bool = False) -> bool:
         """Send a piece of a chunked body at once. False, with nothing sent, when that must wait (or will never be)."""
         if self.flow.write_paused or self.disconnected or not self.chunked_encoding or self.response_complete:
             return False
-        self.transport.write(b"%b%x\r\n%b\r\n" % (self._head, len(data), data))
+        end = b"\r\n0\r\n\r\n" if last else b"\r\n"
+        self.transport.write(b"%b%x\r\n%b%b" % (self._head, len(data), data, end))
         self._head = b""
+        if last:
+            self._complete()
         return True
 
     def respond(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from time import monotonic
-from typing import Any
+from typing import Any, Protocol
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
@@ -21,16 +21,42 @@ _SSE = [
 ]
 
 
+class ClientConnection(Protocol):
+    """What the server tells of and does to the connection of one request (`scope["state"]["connection"]`). What is sent
+    by these methods is sent at once or not at all: False says that ASGI's `send` must wait for it."""
+
+    disconnected: bool
+    on_gone: Callable[[], None] | None
+
+    def abort(self) -> None:
+        """Drop the connection with all that waits in it."""
+
+    def whole_body(self) -> bytes | None:
+        """The request's body when it has come whole, else None."""
+
+    def respond(self, status: int, headers: Headers, body: bytes) -> bool:
+        """Send a whole response."""
+
+    def begin(self, status: int, headers: Headers) -> bool:
+        """Begin a response whose body comes in pieces."""
+
+    def write(self, data: bytes, *, last: bool = False) -> bool:
+        """Send a piece of the body, and its end with the last one."""
+
+
+def _end(payloads: Sequence[bytes]) -> bytes:
+    return b"".join([b"data: %b\n\n" % payload for payload in payloads]) + DONE
+
+
 class ClientStream:
     """One SSE response. `last_write` and `writing_since` are monotonic seconds, read by the registry's tick."""
 
-    __slots__ = ("_headers", "_send", "_write_now", "ended", "last_write", "started", "writing_since")
+    __slots__ = ("_connection", "_headers", "_send", "ended", "last_write", "started", "writing_since")
 
-    def __init__(self, send: Send, write_now: Callable[[bytes], bool], headers: Callable[[], Headers]) -> None:
-        """`write_now` sends a piece of the body at once, or answers False; `headers` is asked once, when the response
-        starts."""
+    def __init__(self, send: Send, connection: ClientConnection, headers: Callable[[], Headers]) -> None:
+        """`headers` is asked once, when the response starts."""
         self._send = send
-        self._write_now = write_now
+        self._connection = connection
         self._headers = headers
         self.started = False
         self.ended = False
@@ -42,13 +68,27 @@ class ClientStream:
         await self._write(b"data: " + b"\n\ndata: ".join(payloads) + b"\n\n")
 
     def written(self, payloads: Sequence[bytes]) -> bool:
-        """`payloads` without a coroutine. False, with nothing sent, when that must wait or nothing was sent before."""
-        if not self.started or self.writing_since is not None or self.ended:
-            return False
-        if not self._write_now(b"data: " + b"\n\ndata: ".join(payloads) + b"\n\n"):
+        """`payloads` without a coroutine. False, with nothing sent, when that must wait."""
+        if self.ended or not self._at_once(b"data: " + b"\n\ndata: ".join(payloads) + b"\n\n", last=False):
             return False
         self.last_write = monotonic()
         return True
+
+    def finished(self, payloads: Sequence[bytes]) -> bool:
+        """`finish` without a coroutine. False, with nothing sent, when that must wait."""
+        if self.ended or not self._at_once(_end(payloads), last=True):
+            return False
+        self.ended = True
+        return True
+
+    def _at_once(self, data: bytes, *, last: bool) -> bool:
+        if self.writing_since is not None:
+            return False
+        if not self.started:
+            if not self._connection.begin(200, [*_SSE, *self._headers()]):
+                return False
+            self.started = True
+        return self._connection.write(data, last=last)
 
     async def commit(self) -> None:
         """Start the response before there is content, with a comment at once so that proxies see bytes."""
@@ -65,9 +105,8 @@ class ClientStream:
         if self.ended:
             return
         self.ended = True
-        data = b"".join([b"data: %b\n\n" % payload for payload in payloads]) + DONE
         await self._start()
-        await self._send({"type": "http.response.body", "body": data, "more_body": False})
+        await self._send({"type": "http.response.body", "body": _end(payloads), "more_body": False})
 
     async def _start(self) -> None:
         if not self.started:

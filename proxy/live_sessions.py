@@ -43,7 +43,7 @@ class LiveSessions:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._ticker: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
-        self._waiting: list[tuple[float, asyncio.Future[None]]] = []
+        self._late: list[tuple[float, asyncio.Future[Any]]] = []
         self._admitting = 0
         self._ticking: LiveSession | None = None
         self.draining = False
@@ -93,12 +93,12 @@ class LiveSessions:
     def __len__(self) -> int:
         return len(self._sessions)
 
-    def wake_after(self, seconds: float) -> asyncio.Future[None]:
-        """A future that is done after that time, at the next tick; whoever waits for something else too may end it
-        before. A timer for each would cost more than what it guards."""
+    def due_within(self, seconds: float) -> asyncio.Future[Any]:
+        """A future that is given None at the first tick after that time, unless somebody gave it a result before. A
+        timer for each would cost more than what it guards."""
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[None] = loop.create_future()
-        self._waiting.append((loop.time() + seconds, future))
+        future: asyncio.Future[Any] = loop.create_future()
+        self._late.append((loop.time() + seconds, future))
         return future
 
     def detach(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
@@ -173,7 +173,7 @@ class LiveSessions:
             telemetry.LIVE.set(len(self._sessions))
             telemetry.publish()
             telemetry.BODY_BYTES.set(self.bodies.held)
-            self._wake(loop.time())
+            self._give_up_late(loop.time())
             if lag > TICK_S:
                 due = loop.time()
             now, now_boot = time.monotonic(), boot_ms()
@@ -182,11 +182,12 @@ class LiveSessions:
                 self._tick(session, now, now_boot)
             self._ticking = None
 
-    def _wake(self, now: float) -> None:
-        waiting = [(due, future) for due, future in self._waiting if not future.done()]
-        self._waiting = [(due, future) for due, future in waiting if due > now]
+    def _give_up_late(self, now: float) -> None:
+        waiting = [(due, future) for due, future in self._late if not future.done()]
+        self._late = [(due, future) for due, future in waiting if due > now]
         for due, future in waiting:
             if due <= now:
+                telemetry.SETTLE_LATE.inc()
                 future.set_result(None)
 
     def _tick(self, session: LiveSession, now: float, now_boot: int) -> None:
@@ -231,7 +232,7 @@ class LiveSessions:
         if self._ticker is not None:
             self._ticker.cancel()
             await asyncio.wait({self._ticker})
-        self._wake(math.inf)
+        self._give_up_late(math.inf)
         telemetry.LIVE.set(len(self._sessions))
         telemetry.publish()
 

@@ -107,7 +107,7 @@ class Pump:
             elif isinstance(event, Failed):
                 over = Ending.UPSTREAM_FAILED, failure_error(event.failure)
         self._may_write()
-        if out:
+        if out and not self._client.written(out):
             await self._client.payloads(out)
         return over
 

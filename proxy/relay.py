@@ -79,7 +79,7 @@ class StreamRelay:
         telemetry.count(telemetry.ATTEMPTS, 1, attempt.provider, attempt.outcome)
         usage_wanted = call.request.usage_wanted
         due, settling = self._settler.begin(session, call, ending)
-        settled = await self._settler.reply(settling)
+        settled = await settling
         last: list[bytes] = []
         if ending is Ending.CREDIT_CUT:
             last += [opened.codec.finish_chunk(choice, "length") for choice in opened.codec.open_choices]
@@ -91,7 +91,8 @@ class StreamRelay:
             last.append(self._render(_cut_error(session, charged)))
         if failure is not None:
             last.append(self._render(failure))
-        await client.finish(last)
+        if not client.finished(last):
+            await client.finish(last)
         return due
 
     async def _end(
@@ -108,7 +109,7 @@ class StreamRelay:
         if ending in (Ending.CLIENT_GONE, Ending.CLIENT_STALLED):
             client.ended = True
             return due
-        settled = await self._settler.reply(settling)
+        settled = await settling
         if not client.started:
             client.ended = True
             public.headers = bill_headers(session, due, settled)

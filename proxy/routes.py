@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from accounts.key_store import KeyStore, Principal
 from config.logs import lines
@@ -20,7 +20,7 @@ from proxy.admission import Admission, Caller
 from proxy.answer import credits_text, stream_headers
 from proxy.bodies import BodyShare
 from proxy.candidates import Route
-from proxy.client_stream import ClientStream
+from proxy.client_stream import ClientConnection, ClientStream
 from proxy.errors import BodyTooLarge, BodyTooSlow, ModelNotFound
 from proxy.idempotency import HEADER, read_key
 from proxy.ids import request_id
@@ -36,24 +36,6 @@ from proxy.whole_relay import WholeRelay
 Scope = Mapping[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
-
-
-class ClientConnection(Protocol):
-    """What the server tells of and does to the connection of one request (`scope["state"]["connection"]`)."""
-
-    disconnected: bool
-    on_gone: Callable[[], None] | None
-
-    def abort(self) -> None: ...
-
-    def respond(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> bool:
-        """Send a whole response at once; False when it must be sent by `send`."""
-
-    def whole_body(self) -> bytes | None:
-        """The request's body when it has come whole, else None."""
-
-    def write(self, data: bytes) -> bool:
-        """Send a piece of the body at once; False when it must be sent by `send`."""
 
 
 class ClientGone(Exception):
@@ -202,7 +184,7 @@ class DataPlane:
             session.end(Ending.CLIENT_GONE)
 
     async def _stream(self, session: LiveSession, call: PreparedCall, send: Send, connection: ClientConnection) -> Bill:
-        client = ClientStream(send, connection.write, lambda: stream_headers(session))
+        client = ClientStream(send, connection, lambda: stream_headers(session))
         return await self._stream_relay.run(session, call, client)
 
     async def _whole(self, session: LiveSession, call: PreparedCall, send: Send, connection: ClientConnection) -> Bill:

@@ -87,8 +87,8 @@ class Settler:
     def begin(
         self, session: LiveSession, call: PreparedCall, ending: Ending
     ) -> tuple[Bill, asyncio.Future[Settled | Gone | None]]:
-        """Fix the bill now and settle, whatever becomes of the request. The future brings the ledger's answer, or None
-        when the ledger refused it. Call once per session."""
+        """Fix the bill now and settle, whatever becomes of the request. The future brings the ledger's answer; None
+        when it does not come in `settle_reply_ms` (to the tick) or is a refusal. Call once per session."""
         if session.exchange is not None:
             session.request_sent = session.exchange.sent
             session.exchange.release()
@@ -97,7 +97,7 @@ class Settler:
         session.advance(Phase.SETTLING)
         session.content_due = None
         owed = _Owed(session, call.route, ending, due, self._metadata(session, call, ending, due))
-        settling: asyncio.Future[Settled | Gone | None] = asyncio.get_running_loop().create_future()
+        settling: asyncio.Future[Settled | Gone | None] = self._live.due_within(self._reply_s)
         sent = None  # a checkpoint under way must not come after it
         if session.checkpoint is None:
             sent = self._ledger.settle_sent(session.ref, due.micros, due.outcome, owed.metadata)
@@ -113,21 +113,6 @@ class Settler:
         if session.phase < Phase.SETTLING:
             self.begin(session, call, session.ending or Ending.INTERNAL)
 
-    async def reply(self, settling: asyncio.Future[Settled | Gone | None]) -> Settled | Gone | None:
-        """The settlement's answer, if it comes in `settle_reply_ms` (to the tick). It goes on either way."""
-        over = self._live.wake_after(self._reply_s)
-
-        def end(_: object) -> None:
-            if not over.done():
-                over.set_result(None)
-
-        settling.add_done_callback(end)
-        await over
-        if settling.done():
-            return settling.result()
-        telemetry.SETTLE_LATE.inc()
-        return None
-
     def _answered(
         self, owed: _Owed, sent: asyncio.Future[Any], settling: asyncio.Future[Settled | Gone | None]
     ) -> None:
@@ -142,8 +127,7 @@ class Settler:
             _refused(owed, error)
         finally:
             if not again:
-                self._over(owed, reply)
-                settling.set_result(reply)
+                self._over(owed, reply, settling)
         if again:
             telemetry.SETTLE_RETRIED.inc()
             self._live.detach(self._settle(owed, settling))
@@ -167,10 +151,11 @@ class Settler:
         except LedgerError as error:
             _refused(owed, error)
         finally:
-            self._over(owed, reply)
-            settling.set_result(reply)
+            self._over(owed, reply, settling)
 
-    def _over(self, owed: _Owed, reply: Settled | Gone | None) -> None:
+    def _over(self, owed: _Owed, reply: Settled | Gone | None, settling: asyncio.Future[Settled | Gone | None]) -> None:
+        if not settling.done():  # else the client was not kept waiting any longer, or is gone
+            settling.set_result(reply)
         owed.session.advance(Phase.FINAL)
         self._live.remove(owed.session)
         if reply is not None:

@@ -58,7 +58,7 @@ class WholeRelay:
         self, session: LiveSession, call: PreparedCall, ending: Ending
     ) -> tuple[Bill, Settled | Gone | None]:
         due, settling = self._settler.begin(session, call, ending)
-        return due, await self._settler.reply(settling)
+        return due, await settling
 
 
 def _meter(session: LiveSession, answer: Answer) -> None:

@@ -10,6 +10,7 @@ import atexit
 import logging
 import os
 import re
+import stat
 import sys
 import time
 from collections.abc import Callable, MutableMapping
@@ -62,6 +63,12 @@ class Lines:
         self._waiting: list[bytes] = []
         self._second = -1
         self._text = ""
+        self._torn = True
+        """Whether long pieces may be torn by other writers: not in a file, which takes each write whole at its end."""
+
+    def written_to(self, descriptor: int) -> None:
+        """Learn what the lines are written to."""
+        self._torn = not stat.S_ISREG(os.fstat(descriptor).st_mode)
 
     def info(self, event: str, fields: dict[str, Any]) -> None:
         """Take a line at level info. `fields` is used up."""
@@ -80,7 +87,7 @@ class Lines:
         lines, self._waiting = self._waiting, []
         piece = b""
         for line in lines:
-            if len(piece) + len(line) >= self.PIECE_BYTES_MAX:
+            if self._torn and len(piece) + len(line) >= self.PIECE_BYTES_MAX:
                 _write(piece)
                 piece = b""
             piece += line + b"\n"
@@ -108,6 +115,7 @@ def configure(level: str, process: str) -> None:
     """Send everything to standard error as one JSON object per line, with `process` in each."""
     threshold = logging.getLevelNamesMapping()[level.upper()]
     lines.process, lines.shown = process, threshold <= logging.INFO
+    lines.written_to(2)
     atexit.register(lines.flush)
 
     def name_process(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

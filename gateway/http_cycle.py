@@ -113,17 +113,15 @@ class Cycle(RequestResponseCycle):
     def _start(self, status: int, headers: Any) -> None:
         self.response_started = True
         self.waiting_for_100_continue = False
-        lines = [STATUS_LINE[status]]
         closes = False
-        for name, value in (*self.default_headers, *headers):
-            name = name.lower()
-            if name == b"content-length":
+        for name, value in headers:
+            if len(name) == 14 and name.lower() == b"content-length":
                 self.expected_content_length = int(value)
                 self.chunked_encoding = False
-            elif name == b"connection" and b"close" in value.lower():
+            elif len(name) == 10 and name.lower() == b"connection" and b"close" in value.lower():
                 self.keep_alive = False
                 closes = True
-            lines.append(b"%b: %b\r\n" % (name, value))
+        lines = [b"%b: %b\r\n" % field for field in (*self.default_headers, *headers)]
         if not self.keep_alive and not closes:
             lines.append(b"connection: close\r\n")
         if self.chunked_encoding is None and self.scope["method"] != "HEAD" and status not in (204, 304):
@@ -132,7 +130,7 @@ class Cycle(RequestResponseCycle):
         head = b"".join(lines)
         if head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines) or b"\0" in head:
             raise RuntimeError("A response header has a line end in it.")
-        self._head = head + b"\r\n"
+        self._head = b"%b%b\r\n" % (STATUS_LINE[status], head)
 
     def _body(self, body: bytes, more: bool) -> None:
         head, self._head = self._head, b""

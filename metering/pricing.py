@@ -16,6 +16,8 @@ MILLION = 1_000_000
 TOKENS_MAX = 2**31
 """Most tokens of a class in one session; a report of more is refused as absurd."""
 
+_INTEGERS = {int}
+
 REACH_PERCENT, REACH_TOKENS = 102, 64
 """How far beyond our count of a prompt the provider's may be: the tiers up to there price its hold."""
 
@@ -94,7 +96,9 @@ def hold_rates(prices: Iterable[CompiledPrice], prompt_tokens: int, *, audio: bo
 
 def sane(usage: TokenUsage) -> str | None:
     """Why a provider's report is refused (and the local count used instead), or None when it can be charged."""
-    for name, value in zip(TokenUsage.__struct_fields__, msgspec.structs.astuple(usage), strict=True):
+    values = msgspec.structs.astuple(usage)
+    countable = set(map(type, values)) == _INTEGERS and min(values) >= 0 and max(values) <= TOKENS_MAX
+    for name, value in () if countable else zip(TokenUsage.__struct_fields__, values, strict=True):
         if type(value) is not int:
             return f"{name} is not an integer"
         if not 0 <= value <= TOKENS_MAX:

@@ -84,6 +84,8 @@ class LiveSession(msgspec.Struct, eq=False):
     started_at: float = msgspec.field(default_factory=time.monotonic)
     reported_raw: bytes | None = None
     price: CompiledPrice | None = None
+    cost: CompiledPrice | None = None
+    """What the house pays the provider of the last attempt, where that is known."""
     content_due: float | None = None
     abort_client: Callable[[], None] | None = None
     first_content_at: float | None = None

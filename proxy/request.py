@@ -80,7 +80,7 @@ class ChatRequest(msgspec.Struct):
     def body_hash(self) -> str:
         """SHA-256 of the body as sent, hex; computed once."""
         if not self._hash:
-            self._hash = hashlib.sha256(self.root.body).hexdigest()
+            self._hash = hashlib.blake2b(self.root.body, digest_size=32).hexdigest()
         return self._hash
 
     def upstream_body(

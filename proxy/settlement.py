@@ -15,7 +15,7 @@ from metering.ledger import Gone, LedgerError, LedgerUnavailable, Outcome, Settl
 from metering.pricing import TokenUsage, cost
 from metering.redis_ledger import RedisLedger
 from proxy import telemetry
-from proxy.candidates import Candidate, Route
+from proxy.candidates import Route
 from proxy.live_session import LiveSession
 from proxy.live_sessions import LiveSessions
 from proxy.session import Charge, Ending, Phase, charge_for
@@ -167,10 +167,16 @@ class Settler:
         return await self._ledger.settle(session.ref, due.micros, due.outcome, metadata)
 
     def _count(self, session: LiveSession, route: Route, ending: Ending, due: Bill, reply: Settled | Gone) -> None:
-        if isinstance(reply, Settled):
-            telemetry.session_ended(route.name, ending.value, due.outcome, reply.charged, reply.absorbed)
-        else:
-            telemetry.session_ended(route.name, ending.value, "swept", reply.charged, 0)
+        ours = isinstance(reply, Settled)
+        labels = route.name, ending.value, due.outcome if ours else "swept", due.source
+        usage = due.usage
+        telemetry.session_ended(
+            labels,
+            reply.charged,
+            reply.absorbed if isinstance(reply, Settled) else 0,
+            (usage.prompt, usage.cached, usage.output, usage.reasoning),
+        )
+        if isinstance(reply, Gone):
             telemetry.log.error(
                 "session was no longer ours at its settlement",
                 session=session.id,
@@ -178,60 +184,68 @@ class Settler:
                 charged_micros=reply.charged,
                 due_micros=due.micros,
             )
-        telemetry.count(telemetry.USAGE_SOURCE, 1, route.name, due.source)
-        usage = due.usage
-        for name, tokens in (
-            ("prompt", usage.prompt),
-            ("cached", usage.cached),
-            ("output", usage.output),
-            ("reasoning", usage.reasoning),
-        ):
-            if tokens:
-                telemetry.count(telemetry.TOKENS, tokens, route.name, name)
 
     def _metadata(self, session: LiveSession, call: PreparedCall, ending: Ending, due: Bill) -> bytes:
-        now = time.monotonic()
         answered = session.attempts[-1] if session.attempts else None
         if answered is not None:
             answered.close(ending.value)
-        first = session.first_content_at
-        fields: dict[str, Any] = {
-            "request_id": session.request_id,
-            "route": call.route.name,
-            "stream": session.stream,
-            "provider": answered.provider if answered else None,
-            "model": answered.model if answered else None,
-            "attempts": [each.record() for each in session.attempts[-ATTEMPTS_KEPT:]],
-            "prompt": due.usage.prompt,
-            "cached": due.usage.cached,
-            "cache_write": due.usage.cache_write,
-            "output": due.usage.output,
-            "reasoning": due.usage.reasoning,
-            "counted_prompt": call.prompt_tokens,
-            "counted_output": due.counted_output,
-            "source": due.source,
-            "ending": ending.value,
-            "first_content_ms": None if first is None else int((first - session.started_at) * 1000),
-            "duration_ms": int((now - session.started_at) * 1000),
-            "price_version": self._price_version,
-            "house_cost": _house_cost(call.route, session, due),
-            "limited": session.limited,
-        }
-        if session.idempotency:
-            fields["idempotency"] = session.idempotency
-        encoded = msgspec.json.encode(fields)
-        while len(encoded) > METADATA_BYTES_MAX and fields["attempts"]:
-            fields["attempts"] = fields["attempts"][1:]
-            encoded = msgspec.json.encode(fields)
+        first, usage = session.first_content_at, due.usage
+        metadata = _Metadata(
+            request_id=session.request_id,
+            route=call.route.name,
+            stream=session.stream,
+            provider=answered.provider if answered else None,
+            model=answered.model if answered else None,
+            attempts=[each.record() for each in session.attempts[-ATTEMPTS_KEPT:]],
+            prompt=usage.prompt,
+            cached=usage.cached,
+            cache_write=usage.cache_write,
+            output=usage.output,
+            reasoning=usage.reasoning,
+            counted_prompt=call.prompt_tokens,
+            counted_output=due.counted_output,
+            source=due.source,
+            ending=ending.value,
+            first_content_ms=None if first is None else int((first - session.started_at) * 1000),
+            duration_ms=int((time.monotonic() - session.started_at) * 1000),
+            price_version=self._price_version,
+            house_cost=_house_cost(session, due),
+            limited=session.limited,
+            idempotency=session.idempotency or msgspec.UNSET,
+        )
+        encoded = msgspec.json.encode(metadata)
+        while len(encoded) > METADATA_BYTES_MAX and metadata.attempts:
+            del metadata.attempts[0]
+            encoded = msgspec.json.encode(metadata)
         return encoded
 
 
-def _house_cost(route: Route, session: LiveSession, due: Bill) -> int | None:
+class _Metadata(msgspec.Struct):
+    """What the journal's row says of a session beside the money, as it stands in the outbox."""
+
+    request_id: str
+    route: str
+    stream: bool
+    provider: str | None
+    model: str | None
+    attempts: list[dict[str, Any]]
+    prompt: int
+    cached: int
+    cache_write: int
+    output: int
+    reasoning: int
+    counted_prompt: int
+    counted_output: int | None
+    source: str
+    ending: str
+    first_content_ms: int | None
+    duration_ms: int
+    price_version: str
+    house_cost: int | None
+    limited: bool
+    idempotency: str | msgspec.UnsetType
+
+
+def _house_cost(session: LiveSession, due: Bill) -> int | None:
     """Micros the house pays for the answering attempt, where its cost is known."""
-    if not session.attempts:
-        return None
-    last = session.attempts[-1]
-    found: Candidate | None = next(
-        (each for each in route.candidates if each.upstream.name == last.provider and each.model == last.model), None
-    )
-    return None if found is None or found.cost is None else cost(found.cost, due.usage)
+    return None if session.cost is None else cost(session.cost, due.usage)

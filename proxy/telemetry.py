@@ -13,7 +13,6 @@ import structlog
 from prometheus_client import Counter, Gauge, Histogram
 
 from config.logs import lines
-from metering.ledger import Outcome
 
 log = structlog.get_logger()
 
@@ -55,6 +54,7 @@ LOOP_LAG = Gauge("tollgate_loop_lag_seconds", "How late the event loop's last ti
 
 
 _tally: dict[tuple[Any, ...], float] = {}
+_ended: dict[tuple[str, str, str, str], list[int]] = {}
 _first_contents: dict[tuple[str, int], tuple[int, float]] = {}
 
 
@@ -62,6 +62,23 @@ def count(metric: Counter, amount: float, *labels: str) -> None:
     """Add to a counter at the next `publish()`: a metric shared between processes costs 3 us each time, this 0.2."""
     key = (metric, *labels)
     _tally[key] = _tally.get(key, 0) + amount
+
+
+def session_ended(
+    labels: tuple[str, str, str, str], charged: int, absorbed: int, tokens: tuple[int, int, int, int]
+) -> None:
+    """Count one settled session, for the next `publish()`: its route, ending, outcome and usage source; amounts in
+    micros; prompt, cached, output and reasoning tokens."""
+    row = _ended.get(labels)
+    if row is None:
+        row = _ended[labels] = [0] * 7
+    row[0] += 1
+    row[1] += charged
+    row[2] += absorbed
+    row[3] += tokens[0]
+    row[4] += tokens[1]
+    row[5] += tokens[2]
+    row[6] += tokens[3]
 
 
 def first_content(route: str, seconds: float) -> None:
@@ -76,6 +93,9 @@ def publish() -> None:
     for (metric, *labels), amount in _tally.items():
         (metric.labels(*labels) if labels else metric).inc(amount)
     _tally.clear()
+    for ended, row in _ended.items():
+        _publish_ended(ended, row)
+    _ended.clear()
     for (route, bucket), (number, total) in _first_contents.items():
         # The library has no way to observe many values at once, so its parts are written as `observe` does.
         histogram: Any = FIRST_CONTENT.labels(route)
@@ -85,10 +105,15 @@ def publish() -> None:
     lines.flush()
 
 
-def session_ended(route: str, ending: str, outcome: Outcome, charged: int, absorbed: int) -> None:
-    """Count one settled session. Amounts in micros."""
-    count(SESSIONS, 1, route, ending, outcome)
+def _publish_ended(labels: tuple[str, str, str, str], row: list[int]) -> None:
+    route, ending, outcome, source = labels
+    sessions, charged, absorbed, *tokens = row
+    SESSIONS.labels(route, ending, outcome).inc(sessions)
+    USAGE_SOURCE.labels(route, source).inc(sessions)
     if charged:
-        count(CHARGED, charged, route)
+        CHARGED.labels(route).inc(charged)
     if absorbed:
-        count(ABSORBED, absorbed, route)
+        ABSORBED.labels(route).inc(absorbed)
+    for name, number in zip(("prompt", "cached", "output", "reasoning"), tokens, strict=True):
+        if number:
+            TOKENS.labels(route, name).inc(number)

@@ -172,7 +172,7 @@ class Upstreams:
         codec = OpenAICodec(candidate.upstream, chat)
         out = codec.request(chat, session.request_id)
         session.meter = Meter(candidate.price, call.prompt_tokens, encoding(candidate.encoding), call.prompt_kind)
-        session.price = candidate.price
+        session.price, session.cost = candidate.price, candidate.cost
         limit = call.output_limit or request.limit
         session.output_most = None if limit is None else LIMIT_SLACK * limit * request.choices + LIMIT_SLACK_TOKENS
         attempt = Attempt(candidate.upstream.name, candidate.model)

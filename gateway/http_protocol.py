@@ -13,6 +13,7 @@ from urllib.parse import unquote
 
 import httptools
 import msgspec
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway.errors import error_object
@@ -140,8 +141,15 @@ class BoundedProtocol(HttpToolsProtocol):
         super()._start_asgi_task(cycle, app)
 
     def on_body(self, body: bytes) -> None:
+        """As in uvicorn, which asks for an upgrade each time."""
         self._unread_bytes = 0
-        super().on_body(body)
+        cycle = self.cycle
+        if cycle.response_complete:
+            return
+        cycle.body += body
+        if len(cycle.body) > HIGH_WATER_LIMIT:
+            self.flow.pause_reading()
+        cycle.message_event.set()
 
     def on_chunk_header(self) -> None:
         self._unread_bytes = 0
@@ -179,9 +187,13 @@ class BoundedProtocol(HttpToolsProtocol):
         self._unread_bytes = 0
         if self.parser.should_upgrade():
             return
-        super().on_message_complete()
-        if self._answered_early():
-            self.transport.close()
+        cycle = self.cycle
+        if cycle.response_complete:
+            if cycle.more_body:  # answered early
+                self.transport.close()
+            return
+        cycle.more_body = False
+        cycle.message_event.set()
 
     def on_response_complete(self) -> None:
         """As in uvicorn, but an idle connection costs no timer of its own."""

@@ -58,6 +58,8 @@ class Lines:
     """Lines that wait at most; the next one writes them all."""
 
     def __init__(self) -> None:
+        self.lost = 0
+        """Writes to standard error that failed, with a line or several in each."""
         self.shown = True
         self.process = ""
         self._waiting: list[bytes] = []
@@ -103,8 +105,23 @@ class Lines:
 
 
 def _write(data: bytes) -> None:
-    while data:
-        data = data[os.write(2, data) :]
+    """To standard error. A full disk or a reader that has gone takes lines away, and nothing else: whoever logs must
+    not fail for it."""
+    try:
+        while data:
+            data = data[os.write(2, data) :]
+    except OSError:
+        lines.lost += 1
+
+
+class _StandardError:
+    """What structlog writes to."""
+
+    def write(self, text: str) -> None:
+        _write(text.encode(errors="backslashreplace"))
+
+    def flush(self) -> None:
+        """Nothing is kept back."""
 
 
 lines = Lines()
@@ -132,7 +149,7 @@ def configure(level: str, process: str) -> None:
     # Our own lines bypass the logging module: a third of its cost, and they need none of its features.
     structlog.configure(
         processors=[*shared, structlog.processors.JSONRenderer(serializer=_json)],
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(_StandardError()),  # type: ignore[arg-type]
         wrapper_class=structlog.make_filtering_bound_logger(threshold),
         cache_logger_on_first_use=True,
     )

@@ -122,6 +122,8 @@ def headers_of(error: Exception) -> dict[str, str]:
     if wait_ms is not None:
         headers["retry-after"] = str(-(-wait_ms // 1000))
         headers["retry-after-ms"] = str(wait_ms)
+    if isinstance(error, call.Draining):
+        headers["connection"] = "close"  # the next try shall find another instance
     if look.retry is not None:
         headers["x-should-retry"] = "true" if look.retry else "false"
     if isinstance(error, call.CallError):

@@ -16,18 +16,27 @@ from gateway import errors
 from proxy.errors import InternalError
 
 
+class ClosingProtocol(HttpToolsProtocol):
+    """A protocol that can be closed with what waits in it."""
+
+    def close(self) -> None:
+        """Close when what waits has gone out."""
+        self.transport.close()
+
+
 class Cycle(RequestResponseCycle):
     """ASGI's `receive` and `send`. The head waits for the first piece of the body, so that both are one write."""
 
     disconnected = response_started = response_complete = False
     more_body = True
     chunked_encoding: bool | None = None
+    until_close = False
     expected_content_length = 0
     on_gone: Callable[[], None] | None = None
     """Called once when the connection is lost while this request is not answered."""
     _head = b""
 
-    def __init__(self, connection: HttpToolsProtocol, *, keep_alive: bool) -> None:
+    def __init__(self, connection: ClosingProtocol, *, keep_alive: bool) -> None:
         """For the request whose head `connection` has just read. (All that the class above sets and this does not, it
         would use for access lines, which are not its work here.)"""
         self.scope = connection.scope
@@ -37,6 +46,7 @@ class Cycle(RequestResponseCycle):
         self.default_headers = connection.server_state.default_headers
         self.message_event = asyncio.Event()
         self.on_response = connection.on_response_complete
+        self.close = connection.close
         self.keep_alive = keep_alive
         self.waiting_for_100_continue = connection.expect_100_continue
         self.body = bytearray()
@@ -64,13 +74,9 @@ class Cycle(RequestResponseCycle):
 
     def write(self, data: bytes, *, last: bool = False) -> bool:
         """Send a piece of a chunked body at once. False, with nothing sent, when that must wait (or will never be)."""
-        if self.flow.write_paused or self.disconnected or not self.chunked_encoding or self.response_complete:
+        if self.flow.write_paused or self.disconnected or self.response_complete or not self.response_started:
             return False
-        end = b"\r\n0\r\n\r\n" if last else b"\r\n"
-        self.transport.write(b"%b%x\r\n%b%b" % (self._head, len(data), data, end))
-        self._head = b""
-        if last:
-            self._complete()
+        self._body(data, not last)
         return True
 
     def respond(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> bool:
@@ -122,9 +128,11 @@ class Cycle(RequestResponseCycle):
                 self.keep_alive = False
                 closes = True
         lines = [b"%b: %b\r\n" % field for field in (*self.default_headers, *headers)]
-        if not self.keep_alive and not closes:
+        if (not self.keep_alive or self.more_body) and not closes:  # who is answered early should not send more
             lines.append(b"connection: close\r\n")
-        if self.chunked_encoding is None and self.scope["method"] != "HEAD" and status not in (204, 304):
+        if self.chunked_encoding is None and self.scope["http_version"] != "1.1":
+            self.until_close = True  # RFC 9112, 6.1: no transfer coding for an older client
+        elif self.chunked_encoding is None and self.scope["method"] != "HEAD" and status not in (204, 304):
             self.chunked_encoding = True
             lines.append(b"transfer-encoding: chunked\r\n")
         head = b"".join(lines)
@@ -137,10 +145,13 @@ class Cycle(RequestResponseCycle):
         if self.scope["method"] == "HEAD":
             self.expected_content_length = 0
             data = head
+        elif self.until_close:
+            data = head + body
         elif self.chunked_encoding:
-            data = b"%b%x\r\n%b\r\n" % (head, len(body), body) if body else head
-            if not more:
-                data += b"0\r\n\r\n"
+            if body:
+                data = b"%b%x\r\n%b%b" % (head, len(body), body, b"\r\n" if more else b"\r\n0\r\n\r\n")
+            else:
+                data = head if more else head + b"0\r\n\r\n"
         else:
             if len(body) > self.expected_content_length:
                 raise RuntimeError("Response content longer than Content-Length")
@@ -155,7 +166,12 @@ class Cycle(RequestResponseCycle):
         if self.expected_content_length != 0:
             raise RuntimeError("Response content shorter than Content-Length")
         self.response_complete = True
+        self.part()
         self.message_event.set()
         if not self.keep_alive:
-            self.transport.close()
+            self.close()
         self.on_response()
+
+    def part(self) -> None:
+        """Break the circle of the request and its scope: a collection may be far away."""
+        self.scope["state"].pop("connection", None)

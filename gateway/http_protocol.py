@@ -14,10 +14,9 @@ from urllib.parse import unquote
 import httptools
 import msgspec
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway.errors import error_object
-from gateway.http_cycle import Cycle
+from gateway.http_cycle import ClosingProtocol, Cycle
 from proxy import telemetry
 from proxy.errors import InvalidBody
 from proxy.ids import request_id
@@ -26,17 +25,25 @@ HEAD_BYTES_MAX = 64 * 1024
 HEADERS_MAX = 200
 WRITE_GRACE_S = 0.5
 SWEEP_S = 1.0
+PIPELINE_MAX = 16
+"""Requests of a connection that may wait behind the one that runs, of those that one read brought."""
+BEHIND_BYTES_MAX = 64 * 1024
+"""Bytes behind a running request above which the connection is not read, until it is answered."""
 
 
 class HeadTooLarge(Exception):
     """A request's head is above the bound."""
 
 
+class TooManyWaiting(Exception):
+    """More requests were sent behind one that runs than may wait."""
+
+
 class Tunnel(Exception):
     """CONNECT: what follows it would be no HTTP."""
 
 
-class BoundedProtocol(HttpToolsProtocol):
+class BoundedProtocol(ClosingProtocol):
     """A connection that is closed when its head is too slow or too large, and after a request that was answered
     before its body had come: what still comes of it is thrown away, for `header_ms` at most."""
 
@@ -45,6 +52,8 @@ class BoundedProtocol(HttpToolsProtocol):
     _write_timer: asyncio.TimerHandle | None = None
     _timer: asyncio.TimerHandle | None = None
     _running: Cycle | None = None
+    _behind: bytearray
+    """What came behind a running request and is not parsed."""
     _head_bytes = 0
     _head_due = True
     """Whether fields belong to a request's head, and not to what follows its body."""
@@ -55,6 +64,24 @@ class BoundedProtocol(HttpToolsProtocol):
     """Received since the parser last told anything."""
 
     def data_received(self, data: bytes) -> None:
+        if self._busy():
+            self._behind += data
+            if len(self._behind) > BEHIND_BYTES_MAX:
+                self.flow.pause_reading()
+        else:
+            self._receive(data)
+
+    def _busy(self) -> bool:
+        """Whether a request runs that has come whole: what comes then is the next one's and waits as bytes. Reading
+        goes on, within a bound, because the client's end must be seen."""
+        running = self._running
+        return (
+            running is not None
+            and not running.response_complete
+            and (running is not self.cycle or not running.more_body)
+        )
+
+    def _receive(self, data: bytes) -> None:
         self._idle.discard(self)
         if self._unread_bytes > HEAD_BYTES_MAX:  # an endless field, chunk extension or trailer: the parser gathers it
             self.send_400_response("")
@@ -64,7 +91,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._feed(data)
         except httptools.HttpParserError:
             self.send_400_response("")
-        if self._timer is None and (self._head_open or self._between()):
+        if self._timer is None and not self._busy() and (self._head_open or self._between()):
             self._close_later()  # also when no request began with these bytes: line ends may come before one
 
     def _feed(self, data: bytes | memoryview) -> None:
@@ -91,6 +118,7 @@ class BoundedProtocol(HttpToolsProtocol):
         return cycle is not None and cycle.response_complete and not cycle.more_body
 
     def connection_made(self, transport: Any) -> None:
+        self._behind = bytearray()
         super().connection_made(transport)
         self._close_later()
 
@@ -99,6 +127,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop_write_timer()
         super().connection_lost(exc)
         self._idle.discard(self)
+        self._behind.clear()
+        for waiting, _ in self.pipeline:
+            waiting.part()  # type: ignore[attr-defined]  # all are ours
+        self.pipeline.clear()
         running = self._running
         if running is not None and not running.response_complete:
             running.disconnected = True  # the one above it knows only the newest, which may wait behind this one
@@ -111,9 +143,12 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._stop_write_timer()
+        if not self.transport.is_closing():  # else the rest must go out in time too
+            self._stop_write_timer()
 
     def on_message_begin(self) -> None:
+        if len(self.pipeline) >= PIPELINE_MAX:
+            raise TooManyWaiting
         super().on_message_begin()
         self._head_bytes = self._unread_bytes = 0
         self._head_due = self._head_open = True
@@ -180,7 +215,6 @@ class BoundedProtocol(HttpToolsProtocol):
         if before is None or before.response_complete:
             self._start_asgi_task(cycle, self.app)
         else:
-            self.flow.pause_reading()
             self.pipeline.appendleft((cycle, self.app))
 
     def on_message_complete(self) -> None:
@@ -190,7 +224,7 @@ class BoundedProtocol(HttpToolsProtocol):
         cycle = self.cycle
         if cycle.response_complete:
             if cycle.more_body:  # answered early
-                self.transport.close()
+                self.close()
             return
         cycle.more_body = False
         cycle.message_event.set()
@@ -205,8 +239,17 @@ class BoundedProtocol(HttpToolsProtocol):
             self._start_asgi_task(*self.pipeline.pop())
         else:
             self._idle.add(self)
-        if self._answered_early() and self._timer is None:
+        if self._behind and not self._busy():
+            behind, self._behind = bytes(self._behind), bytearray()
+            self._receive(behind)
+        if self._timer is None and (self._answered_early() or (self._head_open and not self._busy())):
             self._close_later()
+
+    def close(self) -> None:
+        """Close when what waits has gone out, which the client must let happen in time."""
+        if self._write_timer is None and self.transport.get_write_buffer_size():
+            self._watch_writes()
+        self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
         """Bytes that are no HTTP are answered in the form of all errors, and never into or after another answer."""
@@ -216,7 +259,7 @@ class BoundedProtocol(HttpToolsProtocol):
         between = cycle is None or (cycle.response_complete and not cycle.more_body)
         if between or (cycle.more_body and not cycle.response_started and not self.pipeline):
             self.transport.write(_refusal())
-        self.transport.close()
+        self.close()
 
     def _answered_early(self) -> bool:
         return self.cycle.response_complete and self.cycle.more_body
@@ -248,7 +291,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _too_slow(self) -> None:
         self._timer = None
-        self.transport.close()
+        self.close()
 
 
 class IdleConnections:
@@ -277,7 +320,7 @@ class IdleConnections:
             if since > horizon:
                 break
             del self._since[connection]
-            connection.transport.close()
+            connection.close()
         self._sweeping = bool(self._since)
         if self._sweeping:
             loop.call_later(SWEEP_S, self._sweep, loop)

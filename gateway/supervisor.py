@@ -134,10 +134,10 @@ class Supervisor:
     def _asked(self, number: signal.Signals) -> None:
         again = self._stop.is_set()
         drain_s = 0 if again else self._options.settings.bounds.drain_s
-        log.info("stopping at once" if again else "stopping", signal=number.name, drain_s=drain_s)
         self._stop.set()
         if again:
             self._orders.hurry.set()
+        log.info("stopping at once" if again else "stopping", signal=number.name, drain_s=drain_s)
 
     async def _start(self, stack: AsyncExitStack) -> None:
         options = self._options

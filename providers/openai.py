@@ -133,8 +133,10 @@ class OpenAICodec:
         if chunk is None:
             chunk = self._read(payload)
         if b"\n" in payload:
-            # Sent as several data lines: in JSON such a line end is a space, in a frame of ours an end.
+            # Sent as several data lines: in JSON such a line end is a space, in a frame of ours an end. Read again, so
+            # that no member of it keeps one.
             payload = payload.replace(b"\n", b" ")
+            chunk = self._read(payload)
         if name == b"error" or (chunk is not None and chunk.error is not None):
             self._fail(events, failure_from_frame(payload))
         elif chunk is None:

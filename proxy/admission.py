@@ -47,8 +47,8 @@ from proxy.errors import (
 )
 from proxy.idempotency import repeat_error
 from proxy.ids import session_id
-from proxy.live_session import LiveSession
-from proxy.live_sessions import LiveSessions, boot_ms
+from proxy.live_session import LiveSession, boot_ms
+from proxy.live_sessions import LiveSessions
 from proxy.request import ChatRequest
 from proxy.threads import Threads
 from proxy.upstream import PreparedCall

@@ -26,6 +26,7 @@ class ClientConnection(Protocol):
     by these methods is sent at once or not at all: False says that ASGI's `send` must wait for it."""
 
     disconnected: bool
+    response_started: bool
     on_gone: Callable[[], None] | None
 
     def abort(self) -> None:

@@ -19,6 +19,13 @@ from proxy.client_stream import ClientStream
 from proxy.session import Ending, Phase, move
 from proxy.transport import Exchange
 
+_BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
+def boot_ms() -> int:
+    """Milliseconds of a clock that runs on while the machine is suspended (macOS lacks one: monotonic there)."""
+    return time.clock_gettime_ns(_BOOT_CLOCK) // 1_000_000
+
 
 class Attempt(msgspec.Struct):
     """One try at one provider, as the journal and the client learn of it."""
@@ -72,6 +79,8 @@ class LiveSession(msgspec.Struct, eq=False):
     checkpoint: asyncio.Task[Any] | None = None
     checkpoint_at: float = msgspec.field(default_factory=time.monotonic)
     checkpoint_metered: int = 0
+    unanswered: bool = False
+    """Whether the last checkpoint got no answer."""
     seq: int = 0
     exhausted: bool = False
     limited: bool = False

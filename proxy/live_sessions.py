@@ -20,16 +20,12 @@ from metering.redis_ledger import RedisLedger
 from proxy import telemetry
 from proxy.bodies import Bodies
 from proxy.errors import Draining, InternalError, LeaseLost, Overloaded, UpstreamTimedOut
-from proxy.live_session import LiveSession
+from proxy.live_session import LiveSession, boot_ms
 from proxy.session import Ending, Phase
 
 TICK_S = 0.1
-_BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-
-
-def boot_ms() -> int:
-    """Milliseconds of a clock that runs on while the machine is suspended (macOS lacks one: monotonic there)."""
-    return time.clock_gettime_ns(_BOOT_CLOCK) // 1_000_000
+EXTEND_PAUSE_S = 0.1
+"""Between two tries to extend a hold while the ledger does not answer."""
 
 
 class LiveSessions:
@@ -59,11 +55,11 @@ class LiveSessions:
         """Leases depend on the tick: a session that makes it fail is ended, and the others are ticked on."""
         if ticker.cancelled():
             return
-        telemetry.log.error("the tick failed", exc_info=ticker.exception())
-        culprit = self._ticking
+        self.start()
+        culprit, self._ticking = self._ticking, None
         if culprit is not None:
             culprit.end(Ending.INTERNAL, InternalError())
-        self.start()
+        telemetry.log.error("the tick failed", exc_info=ticker.exception())
 
     def admit(self) -> None:
         """Raises Draining or Overloaded when no further session may begin."""
@@ -116,12 +112,17 @@ class LiveSessions:
 
     async def extend(self, session: LiveSession) -> None:
         """Checkpoint and ask for a slice beyond the hold and all that is metered (a chunk may be larger than a slice);
-        returns when the ledger has answered (or could not)."""
+        returns when the ledger has answered, or the session has ended: without an answer its lease does so in time."""
         want = max(session.held, session.metered_now()) + session.slice_cost
-        while session.checkpoint is not None:  # the tick may start another before this task runs again
-            await asyncio.wait({session.checkpoint})
-        if session.ending is None and session.held < want:
+        while True:
+            while session.checkpoint is not None:  # the tick may start another before this task runs again
+                await asyncio.wait({session.checkpoint})
+            if session.ending is not None or session.held >= want:
+                return
             await asyncio.wait({self.checkpoint(session, want)})
+            if not session.unanswered:
+                return
+            await asyncio.sleep(EXTEND_PAUSE_S)
 
     def checkpoint(self, session: LiveSession, want_hold: int = 0) -> asyncio.Task[Any]:
         """Tell the ledger what is metered so far and renew the lease; at most one at a time per session."""
@@ -145,13 +146,15 @@ class LiveSessions:
         try:
             reply = await self._ledger.progress(session.ref, session.seq, metered, want_hold)
         except LedgerUnavailable:
-            # The stream goes on inside its held slice until the fence; the next tick tries again.
+            # The stream goes on inside its held slice until the fence; the tick tries again.
+            session.unanswered = True
             return
         except LedgerError as error:
             telemetry.log.error("the ledger refused a checkpoint", session=session.id, reason=str(error))
             return
         finally:
             session.checkpoint = None
+        session.unanswered = False
         if isinstance(reply, Progressed):
             if not reply.applied:
                 return  # an older report: it renewed nothing
@@ -169,10 +172,6 @@ class LiveSessions:
             due += TICK_S
             await asyncio.sleep(max(0.0, due - loop.time()))
             lag = loop.time() - due
-            telemetry.LOOP_LAG.set(max(0.0, lag))
-            telemetry.LIVE.set(len(self._sessions))
-            telemetry.publish()
-            telemetry.BODY_BYTES.set(self.bodies.held)
             self._give_up_late(loop.time())
             if lag > TICK_S:
                 due = loop.time()
@@ -181,6 +180,10 @@ class LiveSessions:
                 self._ticking = session
                 self._tick(session, now, now_boot)
             self._ticking = None
+            telemetry.LOOP_LAG.set(max(0.0, lag))
+            telemetry.LIVE.set(len(self._sessions))
+            telemetry.BODY_BYTES.set(self.bodies.held)
+            telemetry.publish()
 
     def _give_up_late(self, now: float) -> None:
         waiting = [(due, future) for due, future in self._late if not future.done()]

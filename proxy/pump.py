@@ -14,9 +14,9 @@ import asyncio
 from metering.meter import Meter
 from providers.events import Chunk, Completed, Event, Failed, UsageSeen
 from proxy.client_stream import ClientStream
-from proxy.errors import CallError, LeaseLost
-from proxy.live_session import LiveSession
-from proxy.live_sessions import LiveSessions, boot_ms
+from proxy.errors import CallError, InternalError, LeaseLost
+from proxy.live_session import LiveSession, boot_ms
+from proxy.live_sessions import LiveSessions
 from proxy.session import Ending
 from proxy.transport import Exchange
 from proxy.transport_errors import TransportError
@@ -30,6 +30,7 @@ class Pump:
     """One stream's. `run` once."""
 
     __slots__ = (
+        "_broken",
         "_client",
         "_codec",
         "_counted",
@@ -54,6 +55,8 @@ class Pump:
         """What was metered and could not be written at once."""
         self._counted = False
         """Whether the first chunk of `_left` is in the meter already."""
+        self._broken = False
+        """Whether the callback failed: a fault of ours, which its caller logs."""
         self._waiter: asyncio.Future[None] | None = None
         """There while it is the callback's turn to forward."""
 
@@ -75,6 +78,8 @@ class Pump:
                 else:
                     self._waiter = asyncio.get_running_loop().create_future()
                     await self._waiter
+                    if self._broken:
+                        raise InternalError
         finally:
             self._waiter = None
             exchange.on_data = None
@@ -140,7 +145,8 @@ class Pump:
         if not session.exhausted and session.held < session.hold_max:
             if fits(session.held - session.slice_low_cost):
                 return True
-            self._live.checkpoint(session, min(session.held + session.slice_cost, session.hold_max))
+            if not session.unanswered:  # else the tick asks, and not every chunk
+                self._live.checkpoint(session, min(session.held + session.slice_cost, session.hold_max))
         return fits(session.held)
 
     # -- the provider's callback -------------------------------------------------------------------------------------
@@ -150,8 +156,14 @@ class Pump:
         waiter = self._waiter
         if waiter is None or waiter.done():
             return
-        if not (exchange.chunks and self._passed(self._codec.feed(exchange.take()))) or exchange.complete:
-            waiter.set_result(None)
+        self._broken = True
+        go_on = False
+        try:
+            go_on = bool(exchange.chunks) and self._passed(self._codec.feed(exchange.take())) and not exchange.complete
+            self._broken = False
+        finally:
+            if not go_on:
+                waiter.set_result(None)
 
     def _passed(self, events: list[Event]) -> bool:
         """Meter and write `events`. False when the task must go on, with what is left in `_left`."""

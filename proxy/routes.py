@@ -69,7 +69,7 @@ class DataPlane:
             await self._chat(scope, receive, send, share)
         finally:
             share.release()
-            del scope["state"]["connection"]  # it knows its scope: a circle that only a collection would free
+            scope["state"].pop("connection", None)  # it knows its scope: a circle that only a collection would free
 
     async def _chat(self, scope: Scope, receive: Receive, send: Send, share: BodyShare) -> None:
         began = time.monotonic()
@@ -106,14 +106,14 @@ class DataPlane:
             else:
                 bill = await self._whole(session, call, send, connection)
         except SessionEnded:
-            _log(state, session, None, began)
+            _log(state, session, None, began, answered=connection.response_started)
             return
         finally:
             connection.on_gone = None
             session.abort_client = None  # the connection may carry another request next
             session.client = session.task = None
             self._settler.abandoned(session, call)
-        _log(state, session, bill, began)
+        _log(state, session, bill, began, answered=connection.response_started)
 
     async def aclose(self) -> None:
         """Serve nothing more; does not wait for work beside the event loop."""
@@ -221,9 +221,9 @@ def _head(scope: Scope) -> tuple[bytes, list[bytes], bytes]:
     return authorization or b"", keys, announced
 
 
-def _log(state: Mapping[str, Any], session: LiveSession, bill: Bill | None, began: float) -> None:
+def _log(state: Mapping[str, Any], session: LiveSession, bill: Bill | None, began: float, *, answered: bool) -> None:
     """The request's one log line."""
-    telemetry.count(telemetry.REQUESTS, 1, "200" if bill is not None else "499", "")
+    telemetry.count(telemetry.REQUESTS, 1, "200" if answered else "499", "")
     first = session.first_content_at
     if first is not None:
         telemetry.first_content(session.route, first - began)

@@ -46,6 +46,7 @@ SETTLE_RETRIED = Counter("tollgate_settle_retried_total", "Settlements tried aga
 SETTLE_FAILED = Counter(
     "tollgate_settle_failed_total", "Settlements that the ledger refused: their sessions stay open in Redis."
 )
+LOG_LOST = Counter("tollgate_log_writes_lost_total", "Writes of log lines that failed: a full disk, a reader gone.")
 LEASES_LOST = Counter("tollgate_leases_lost_total", "Streams ended because their lease could not be renewed.")
 BODY_BYTES = Gauge(
     "tollgate_request_body_bytes", "Bytes of request bodies being read or in use.", multiprocess_mode="livesum"
@@ -103,6 +104,9 @@ def publish() -> None:
         histogram._buckets[bucket].inc(number)
     _first_contents.clear()
     lines.flush()
+    if lines.lost:
+        LOG_LOST.inc(lines.lost)
+        lines.lost = 0
 
 
 def _publish_ended(labels: tuple[str, str, str, str], row: list[int]) -> None:

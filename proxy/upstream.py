@@ -22,6 +22,7 @@ from proxy import telemetry
 from proxy.candidates import Candidate, Route
 from proxy.errors import (
     CallError,
+    LeaseLost,
     ProviderError,
     UpstreamGarbage,
     UpstreamKeyRefused,
@@ -30,7 +31,7 @@ from proxy.errors import (
     UpstreamUnreachable,
 )
 from proxy.http_request import build_request
-from proxy.live_session import Attempt, LiveSession
+from proxy.live_session import Attempt, LiveSession, boot_ms
 from proxy.request import ChatRequest
 from proxy.session import Ending, Phase
 from proxy.transport import Exchange, Transport
@@ -136,6 +137,10 @@ class Upstreams:
                 raise failure_error(answer)
         except (TransportError, CallError) as error:
             raise self._failed(session, attempt, error) from None
+        if session.ending is None and boot_ms() >= session.fence_ms:
+            session.end(Ending.LEASE_LOST, LeaseLost())
+            attempt.close(Ending.LEASE_LOST.value, exchange.status)
+            raise SessionEnded  # the sweeper may have settled it: nothing of the answer may reach the client
         exchange.release()
         session.exchange = None
         session.first_content_at = time.monotonic()

@@ -11,7 +11,7 @@ from config.settings import Bounds
 from metering.ledger import Gone, Settled
 from providers.codec import Answer
 from proxy.answer import Headers, bill_headers, billed_body
-from proxy.errors import CallError, InternalError
+from proxy.errors import CallError, InternalError, LeaseLost
 from proxy.live_session import LiveSession
 from proxy.session import Ending
 from proxy.settlement import Bill, Settler
@@ -52,6 +52,10 @@ class WholeRelay:
             raise public from None
         _meter(session, answer)
         due, settled = await self._settled(session, call, Ending.COMPLETED)
+        if isinstance(settled, Gone):  # settled by the sweeper meanwhile, for what it knew
+            lost = LeaseLost()
+            lost.headers = bill_headers(session, due, settled)
+            raise lost
         return WholeAnswer(billed_body(answer.root, session, due, settled), bill_headers(session, due, settled), due)
 
     async def _settled(

@@ -19,7 +19,7 @@ import httpx2
 import pytest
 from openai import AsyncOpenAI
 
-from tests.support.gateway import LATE_S, Gateway, Key, running, until
+from tests.support.gateway import LATE_S, Gateway, Key, Stores, running, until
 from tests.support.outages import (
     DONE,
     MODEL,
@@ -181,6 +181,28 @@ async def test_a_worker_that_wakes_after_its_lease_forwards_nothing_more(gateway
         assert row["charged"] <= log["prompt_tokens"] + log["served_tokens"]
         assert await gateway.session(one.session) == row  # what the woken worker said changed nothing
     audited(gateway)
+
+
+async def test_a_worker_that_wakes_after_its_lease_gives_no_whole_answer_away(gateway: Gateway) -> None:
+    key = await gateway.key()
+    fields = ask(60, 20) | {"stream": False}
+    async with httpx2.AsyncClient(verify=False, base_url=gateway.url, headers=bearer(key), timeout=40) as client:
+        asked = asyncio.create_task(client.post("/v1/chat/completions", json=fields))
+        async with gateway.stores() as stores:
+            ((session, pid),) = await until(lambda: _owners(stores, key))
+        with frozen([pid]):
+            row = await gateway.session(session)  # the sweeper ended it, while the provider went on
+        answer = await asked
+    assert (row["outcome"], row["charged"]) == ("swept", 0)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "lease_lost")
+    assert "choices" not in answer.json()
+    audited(gateway)
+
+
+async def _owners(stores: Stores, key: Key) -> list[tuple[str, int]]:
+    """The sessions that the key's account has open, with the process that each belongs to."""
+    found = (await stores.ledger.snapshot(key.account)).sessions
+    return [(session, await owner_pid(stores, key, session)) for session in found]
 
 
 @contextlib.asynccontextmanager

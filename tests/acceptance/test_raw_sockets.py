@@ -121,7 +121,11 @@ async def test_garbage_behind_a_request_does_not_reach_into_its_answer(gateway: 
         await client.send(request)
         assert (await client.reader.readuntil(b"\n\n")).endswith(b": tollgate\n\n")
         await client.send(b"\0\0 this is not HTTP\r\n\r\n")
-        assert b"HTTP/1.1" not in await client.rest()
+        answer, end, behind = (await client.rest()).partition(b"\r\n0\r\n\r\n")
+    assert end
+    assert b"HTTP/1.1" not in answer
+    assert b"[DONE]" in answer
+    assert behind.startswith(b"HTTP/1.1 400 ")
     await fine(gateway, key)
 
 

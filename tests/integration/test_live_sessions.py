@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -16,12 +17,13 @@ from metering.ledger import AccountRef, SessionRef
 from metering.meter import Meter
 from metering.ranks import encoding
 from metering.redis_ledger import RedisLedger
-from proxy.live_session import LiveSession
-from proxy.live_sessions import LiveSessions, boot_ms
+from proxy.live_session import LiveSession, boot_ms
+from proxy.live_sessions import LiveSessions
 from proxy.session import Ending, Phase
 from storage.redis_client import RedisClient
 from tests.support.gateway import until
 from tests.support.redis_server import RedisServer
+from tests.support.valkey import stand_on
 
 FREE = CompiledPrice(input=0, cached_input=0, cache_write=0, output=0, reasoning=0, audio_input=0, audio_output=0)
 
@@ -90,3 +92,29 @@ async def test_a_drain_waits_for_a_call_that_is_being_admitted(live: LiveSession
     assert not done
     live.admission_ended()
     await asyncio.wait_for(draining, 15)
+
+
+async def test_a_hold_is_extended_once_the_ledger_answers_again(tmp_path: Path) -> None:
+    server = RedisServer(tmp_path)
+    server.start()
+    async with stand_on(server) as stand:
+        await stand.grant("g", 10_000)
+        ref = await stand.hold("s1", 100)
+        hasty = RedisClient(server.url, call_ms=100, connect_ms=2_000, pending_max=1_000)
+        await hasty.start()
+        ledger = RedisLedger(hasty, loaded=stand.scripts)
+        await ledger.start()
+        live = LiveSessions(ledger, Metering(), Bounds())
+        held = session("s1", Meter(FREE, 1, encoding("o200k_base")))
+        held.ref, held.held, held.hold_max, held.slice_cost = ref, 100, 1_000, 50
+        server.signal(signal.SIGSTOP)
+        extending = asyncio.create_task(live.extend(held))
+        try:
+            await until(lambda: held.unanswered)
+            assert not extending.done()
+        finally:
+            server.signal(signal.SIGCONT)
+        await asyncio.wait_for(extending, 15)
+        assert (held.held, held.exhausted, held.unanswered) == (150, False, False)
+        await hasty.aclose()
+    server.kill()

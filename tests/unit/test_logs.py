@@ -55,3 +55,18 @@ logs.lines.info("at exit", {{}})
     assert {"level", "timestamp"} <= set(lines[0])
     assert KEY not in done.stderr
     assert "hunter2" not in done.stderr
+
+
+def test_a_full_disk_takes_lines_and_nothing_else() -> None:
+    code = """
+import logging, os, structlog
+from config import logs
+logs.configure("info", "worker")
+structlog.get_logger().error("ours")
+logs.lines.info("gathered", {})
+logs.lines.flush()
+print(logs.lines.lost)
+"""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=full, text=True, check=True)
+    assert done.stdout == "2\n"

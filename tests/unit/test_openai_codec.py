@@ -329,3 +329,15 @@ def test_a_report_follows_the_chunk_it_came_with() -> None:
     events = read("usage_everywhere")
     kinds = [type(event).__name__ for event in events]
     assert kinds == ["Chunk", "UsageSeen"] * 3 + ["Completed"]
+
+
+def test_usage_sent_over_several_data_lines_becomes_one_line_of_ours() -> None:
+    pretty = json.dumps({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 1}}, indent=1)
+    wire = "".join(f"data: {line}\n" for line in pretty.splitlines()).encode() + b"\n"
+    coder = codec()
+    first = coder.feed(chunk_of('{"role":"assistant","content":"a"}'))
+    (seen,) = [event for event in coder.feed(wire) if isinstance(event, UsageSeen)]
+    assert first
+    assert seen.usage.prompt == 3
+    assert b"\n" not in seen.usage.raw
+    assert b"\n" not in coder.usage_chunk(seen.usage.raw, b"")

@@ -76,7 +76,11 @@ class Cycle(RequestResponseCycle):
         """Send a piece of a chunked body at once. False, with nothing sent, when that must wait (or will never be)."""
         if self.flow.write_paused or self.disconnected or self.response_complete or not self.response_started:
             return False
-        self._body(data, not last)
+        if self.chunked_encoding and not last:  # what `_body` would do, without its questions
+            self.transport.write(b"%b%x\r\n%b\r\n" % (self._head, len(data), data))
+            self._head = b""
+        else:
+            self._body(data, not last)
         return True
 
     def respond(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> bool:

@@ -94,9 +94,9 @@ class Settler:
             session.exchange.release()
             session.exchange = None
         due = bill(session, ending, call.prompt_kind)
+        owed = _Owed(session, call.route, ending, due, self._metadata(session, call, ending, due))
         session.advance(Phase.SETTLING)
         session.content_due = None
-        owed = _Owed(session, call.route, ending, due, self._metadata(session, call, ending, due))
         settling: asyncio.Future[Settled | Gone | None] = self._live.due_within(self._reply_s)
         sent = None  # a checkpoint under way must not come after it
         if session.checkpoint is None:

@@ -27,7 +27,7 @@ CHAT = "/v1/chat/completions"
 
 class Front:
     """The busiest path, handed over before the framework: its routing and its wrapped `send` cost a tenth of a call
-    (decision 0005). Everything else, also another method on that path, is the framework's."""
+    (decision 0005). Everything else is the framework's, which knows no such path: another method there is a 404."""
 
     def __init__(self, app: Litestar, plane: DataPlane) -> None:
         self.app = app
@@ -47,7 +47,6 @@ class Front:
 def create_app(plane: DataPlane, health_of: Health, *, with_metrics: bool) -> Front:
     """The application. `with_metrics`: whether /metrics is served here (only when the main port is loopback)."""
     handlers = [
-        _route(CHAT, "POST", plane.chat_completions),
         *_models(plane),
         _route("/health/live", "GET", _live),
         _route("/health/ready", "GET", _ready(health_of)),

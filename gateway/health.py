@@ -17,6 +17,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from config.settings import Metering
+from metering.keys import SHARDS
 from metering.server_check import replicas_word
 from metering.status import STATUS_KEY, JournalReport, decode_report
 from proxy.live_sessions import LiveSessions
@@ -98,7 +99,7 @@ class Health:
 
     async def _check_redis(self) -> None:
         try:
-            epoch = await self._redis.call("HGET", "m:{v000}", "ep")
+            epoch = await self._redis.call("HGET", SHARDS[0].meta, "ep")
             raw = await self._redis.call("GET", STATUS_KEY)
             if self.replicas:
                 self._parts["replicas"] = await replicas_word(self._redis, self.replicas)

@@ -8,20 +8,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
 from gateway import errors
 from proxy.errors import InternalError
 
-
-class ClosingProtocol(HttpToolsProtocol):
-    """A protocol that can be closed with what waits in it."""
-
-    def close(self) -> None:
-        """Close when what waits has gone out."""
-        self.transport.close()
+if TYPE_CHECKING:
+    from gateway.http_protocol import BoundedProtocol
 
 
 class Cycle(RequestResponseCycle):
@@ -36,7 +31,7 @@ class Cycle(RequestResponseCycle):
     """Called once when the connection is lost while this request is not answered."""
     _head = b""
 
-    def __init__(self, connection: ClosingProtocol, *, keep_alive: bool) -> None:
+    def __init__(self, connection: BoundedProtocol, *, keep_alive: bool) -> None:
         """For the request whose head `connection` has just read. (All that the class above sets and this does not, it
         would use for access lines, which are not its work here.)"""
         self.scope = connection.scope

@@ -14,9 +14,10 @@ from urllib.parse import unquote
 import httptools
 import msgspec
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway.errors import error_object
-from gateway.http_cycle import ClosingProtocol, Cycle
+from gateway.http_cycle import Cycle
 from proxy import telemetry
 from proxy.errors import InvalidBody
 from proxy.ids import request_id
@@ -43,7 +44,7 @@ class Tunnel(Exception):
     """CONNECT: what follows it would be no HTTP."""
 
 
-class BoundedProtocol(ClosingProtocol):
+class BoundedProtocol(HttpToolsProtocol):
     """A connection that is closed when its head is too slow or too large, and after a request that was answered
     before its body had come: what still comes of it is thrown away, for `header_ms` at most."""
 

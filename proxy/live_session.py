@@ -80,7 +80,7 @@ class LiveSession(msgspec.Struct, eq=False):
     checkpoint_at: float = msgspec.field(default_factory=time.monotonic)
     checkpoint_metered: int = 0
     unanswered: bool = False
-    """Whether the last checkpoint got no answer."""
+    """Whether the last checkpoint got no answer, or a refusal that says nothing of credit."""
     seq: int = 0
     exhausted: bool = False
     limited: bool = False

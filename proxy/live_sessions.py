@@ -151,6 +151,7 @@ class LiveSessions:
             return
         except LedgerError as error:
             telemetry.log.error("the ledger refused a checkpoint", session=session.id, reason=str(error))
+            session.unanswered = True
             return
         finally:
             session.checkpoint = None

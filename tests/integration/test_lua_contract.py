@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
-
 import pytest
 
 from metering.ledger import (
@@ -17,22 +15,9 @@ from metering.ledger import (
     SessionRef,
     Settled,
 )
-from tests.support.redis_server import RedisServer
-from tests.support.valkey import SHARD, WALL, Stand, stand_on, valkey
+from tests.support.valkey import SHARD, WALL, Stand
 
 DAY_MS = 86_400_000
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RedisServer]:
-    with valkey() as running:
-        yield running
-
-
-@pytest.fixture
-async def stand(server: RedisServer) -> AsyncIterator[Stand]:
-    async with stand_on(server) as ready:
-        yield ready
 
 
 # --- init, due, audit

@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterator, Iterator
 
 import msgspec
 import pytest
 
 from metering.ledger import Balance, Gone, GrantRefused, GrantRequest, Progressed, SessionRef, Settled
-from tests.support.redis_server import RedisServer
-from tests.support.valkey import SHARD, WALL, Stand, stand_on, valkey
+from tests.support.valkey import SHARD, WALL, Stand
 
 DAY_MS = 86_400_000
 BIG = 2**53 - 1
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RedisServer]:
-    with valkey() as running:
-        yield running
-
-
-@pytest.fixture
-async def stand(server: RedisServer) -> AsyncIterator[Stand]:
-    async with stand_on(server) as ready:
-        yield ready
 
 
 # --- progress

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
-
 import pytest
 
 from metering.ledger import Held, LedgerError
 from metering.scripts import NAMES
 from storage.redis_client import RedisReplyError
-from tests.support.redis_server import RedisServer
-from tests.support.valkey import WALL, Stand, stand_on, valkey
+from tests.support.valkey import WALL, Stand
 
 ABSURD = ["nan", "inf", "-inf", "-1", "+1", "1e3", "0x10", " 5 ", "1.5", "", str(2**53), "9" * 10_240, "1\x00", "\x00"]
 SEPARATED = ["a|b", "a=b", "a,b", "a:b", "a b", "a\x00b", "", "é", "x" * 65, "x" * 10_240, "{v007}"]
@@ -44,18 +41,6 @@ POISON_CASES = [
     }.items()
     for key in keys
 ]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RedisServer]:
-    with valkey() as running:
-        yield running
-
-
-@pytest.fixture
-async def stand(server: RedisServer) -> AsyncIterator[Stand]:
-    async with stand_on(server) as ready:
-        yield ready
 
 
 async def prepare(stand: Stand, script: str) -> None:

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
 
 from metering.ledger import AccountRef, Held, HoldRequest, KeyLimits, LedgerUnavailable, Past, Refused, Repeated
-from tests.support.redis_server import RedisServer
-from tests.support.valkey import SHARD, Stand, stand_on, valkey
+from tests.support.valkey import SHARD, Stand
 
 DAY_MS = 86_400_000
 HASH = "a" * 64
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[RedisServer]:
-    with valkey() as running:
-        yield running
-
-
 @pytest.fixture
-async def stand(server: RedisServer) -> AsyncIterator[Stand]:
-    async with stand_on(server) as ready:
-        await ready.grant("g", 100)
-        yield ready
+async def stand(stand: Stand) -> Stand:
+    """With a grant of 100."""
+    await stand.grant("g", 100)
+    return stand
 
 
 def keyed(stand: Stand, sid: str, want: int = 10, **changes: Any) -> HoldRequest:

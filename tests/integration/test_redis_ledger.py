@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
@@ -31,18 +30,6 @@ from metering.scripts import Word
 from storage.redis_client import RedisClient
 from tests.support.redis_server import RedisServer
 from tests.support.valkey import SHARD, WALL, Stand, stand_on, valkey
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RedisServer]:
-    with valkey() as running:
-        yield running
-
-
-@pytest.fixture
-async def stand(server: RedisServer) -> AsyncIterator[Stand]:
-    async with stand_on(server) as ready:
-        yield ready
 
 
 class Counting:

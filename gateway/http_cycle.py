@@ -27,6 +27,7 @@ class Cycle(RequestResponseCycle):
     chunked_encoding: bool | None = None
     until_close = False
     expected_content_length = 0
+    task: asyncio.Task[None] | None = None
     on_gone: Callable[[], None] | None = None
     """Called once when the connection is lost while this request is not answered."""
     _head = b""

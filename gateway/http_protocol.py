@@ -8,6 +8,7 @@ protocol is ignored (RFC 9110, 7.8), and fields behind a chunked body are not ta
 from __future__ import annotations
 
 import asyncio
+from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote
 
@@ -30,6 +31,11 @@ PIPELINE_MAX = 16
 """Requests of a connection that may wait behind the one that runs, of those that one read brought."""
 BEHIND_BYTES_MAX = 64 * 1024
 """Bytes behind a running request above which the connection is not read, until it is answered."""
+
+
+USUAL_BYTES_MAX = 128
+"""Request targets up to this length are read once for all requests."""
+_ASGI: Any = {"version": "3.0", "spec_version": "2.3"}
 
 
 class HeadTooLarge(Exception):
@@ -150,7 +156,9 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         if len(self.pipeline) >= PIPELINE_MAX:
             raise TooManyWaiting
-        super().on_message_begin()
+        self.url = b""
+        self.expect_100_continue = False
+        self.headers = []
         self._head_bytes = self._unread_bytes = 0
         self._head_due = self._head_open = True
 
@@ -174,7 +182,9 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         self._running = cycle
-        super()._start_asgi_task(cycle, app)
+        cycle.task = task = self.loop.create_task(cycle.run_asgi(app))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
 
     def on_body(self, body: bytes) -> None:
         """As in uvicorn, which asks for an upgrade each time."""
@@ -203,16 +213,27 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _begin(self) -> None:
         """A request's head is whole: as in uvicorn, but with a cycle of ours."""
-        parser, scope, before = self.parser, self.scope, self.cycle
-        version, url = parser.get_http_version(), httptools.parse_url(self.url)
-        path = url.path.decode("ascii")
-        scope["method"] = parser.get_method().decode("ascii")
-        scope["http_version"] = version
-        scope["path"] = unquote(path) if "%" in path else path
-        scope["raw_path"] = url.path
-        scope["query_string"] = url.query or b""
+        parser, before = self.parser, self.cycle
+        version = parser.get_http_version()
+        path, raw_path, query = (_usual_target if len(self.url) <= USUAL_BYTES_MAX else _target)(self.url)
+        state = self.app_state.copy()
+        self.scope = {
+            "type": "http",
+            "asgi": _ASGI,
+            "http_version": version,
+            "method": parser.get_method().decode("ascii"),
+            "server": self.server,
+            "client": self.client,
+            "scheme": self.scheme,  # type: ignore[typeddict-item]
+            "root_path": self.root_path,
+            "path": path,
+            "raw_path": raw_path,
+            "query_string": query,
+            "headers": self.headers,
+            "state": state,
+        }
         self.cycle = cycle = Cycle(self, keep_alive=version != "1.0" and parser.should_keep_alive())
-        scope["state"]["connection"] = cycle
+        state["connection"] = cycle
         if before is None or before.response_complete:
             self._start_asgi_task(cycle, self.app)
         else:
@@ -325,6 +346,16 @@ class IdleConnections:
         self._sweeping = bool(self._since)
         if self._sweeping:
             loop.call_later(SWEEP_S, self._sweep, loop)
+
+
+def _target(url: bytes) -> tuple[str, bytes, bytes]:
+    """The path, the path as sent and the query of a request's target. Raises httptools.HttpParserInvalidURLError."""
+    parsed = httptools.parse_url(url)
+    path = parsed.path.decode("ascii")
+    return unquote(path) if "%" in path else path, parsed.path, parsed.query or b""
+
+
+_usual_target = lru_cache(maxsize=256)(_target)
 
 
 def protocol(header_ms: int, write_ms: int, keep_alive_s: float) -> type[BoundedProtocol]:

@@ -48,11 +48,11 @@ class Meter:
         "_price",
         "_prompt",
         "_prompt_kind",
-        "_reported",
         "_room_bytes",
         "_undo",
         "merged",
         "refused",
+        "reported",
     )
 
     def __init__(
@@ -68,7 +68,8 @@ class Meter:
         self._encoding = encoding
         self._counters: dict[_Key, StreamCounter] = {}
         self._undo: dict[_Key, StreamCounter] = {}
-        self._reported: TokenUsage | None = None
+        self.reported: TokenUsage | None = None
+        """The provider's usage, if one was believed and no text came after it."""
         self._high_water = 0
         self._limit: int | None = None
         self._room_bytes = 0  # bytes that fit `_limit` for certain, since the last look at the counters
@@ -81,7 +82,7 @@ class Meter:
         """Count a delta. `tool` is the index of the tool call for the two tool channels."""
         if not text:
             return
-        self._reported = None  # a report made before this text cannot cover it
+        self.reported = None  # a report made before this text cannot cover it
         key: _Key = (choice, channel, tool)
         counter = self._counters.get(key)
         if counter is None:
@@ -136,18 +137,13 @@ class Meter:
         """The provider's usage; the last one believed wins over our count. Returns why it was refused, or None."""
         self.refused = sane(usage)
         if self.refused is None:
-            self._reported = usage
+            self.reported = usage
         return self.refused
-
-    @property
-    def reported(self) -> TokenUsage | None:
-        """The provider's usage, if one was believed."""
-        return self._reported
 
     def final(self) -> tuple[TokenUsage, Source]:
         """What is charged, and whose count it is: the provider's, else ours (`estimated` when the prompt was)."""
-        if self._reported is not None:
-            return self._reported, "provider"
+        if self.reported is not None:
+            return self.reported, "provider"
         return self.counted(), self._prompt_kind
 
     def final_cost(self) -> int:

@@ -102,11 +102,13 @@ def estimate_prompt(
     response_format: object = None,
     sizes: Mapping[str, int] | None = None,
     exact_bytes_max: int = EXACT_BYTES_MAX,
+    count_one: Callable[[Encoder, str], int] = count_text,
 ) -> PromptEstimate:
     """Tokens of a chat request's prompt. All parts are decoded JSON of any shape; nothing raises.
 
     `sizes` are the bytes of the request's root members as sent; they guard the hold against parts that are not
-    rendered or not known. Text beyond `exact_bytes_max` is estimated by its bytes.
+    rendered or not known. Text beyond `exact_bytes_max` is estimated by its bytes. `count_one` counts one text, by
+    default as `count_text` does.
 
     text: sum of (3 + n(role) + n(content) [+ 1 + n(name)]) + 3, or + 2 for o-series and gpt-5 and later;
     tools: + n(their TypeScript rendering) + a constant of the model.
@@ -116,9 +118,9 @@ def estimate_prompt(
     if not tools and not functions and response_format is None and (sizes is None or sizes.keys() <= _UNGUARDED):
         texts = _plain_texts(messages, exact_bytes_max)
         if texts is not None:
-            tokens += len(texts) * (MESSAGE_TOKENS + 1) + sum([count_text(encoding, text) for text in texts])
+            tokens += len(texts) * (MESSAGE_TOKENS + 1) + sum([count_one(encoding, text) for text in texts])
             return PromptEstimate(tokens, "counted", tokens)
-    count = _Count(encoding, model, exact_bytes_max)
+    count = _Count(encoding, model, exact_bytes_max, count_one)
     listed = messages if isinstance(messages, list) else [] if messages is None else [messages]
     has_system = False
     for message in listed:
@@ -188,9 +190,12 @@ def prompt_bytes(value: object) -> int:
 class _Count:
     """Counts the parts of one prompt and remembers whether any of them was only estimated."""
 
-    __slots__ = ("_encoding", "_exact_left", "guard", "kind", "model")
+    __slots__ = ("_count_one", "_encoding", "_exact_left", "guard", "kind", "model")
 
-    def __init__(self, encoding: Encoder, model: str, exact_bytes_max: int) -> None:
+    def __init__(
+        self, encoding: Encoder, model: str, exact_bytes_max: int, count_one: Callable[[Encoder, str], int]
+    ) -> None:
+        self._count_one = count_one
         self._encoding = encoding
         self._exact_left = exact_bytes_max
         self.model = _family(model)
@@ -206,7 +211,7 @@ class _Count:
             self.kind = "estimated"
             return size // 2 + 1
         self._exact_left -= size
-        return count_text(self._encoding, text)
+        return self._count_one(self._encoding, text)
 
     def uncounted(self, size: int) -> None:
         """Hold for so many bytes that the estimate leaves out."""

@@ -177,11 +177,14 @@ class OpenAICodec:
         repair = False
         delta = choice.delta
         if delta is not None:
-            deltas += self._once_named(deltas_of(choice.index, delta))
+            found = deltas_of(choice.index, delta)
             if choice.index not in self._begun:
                 repair = delta.role is None
+            if delta.tool_calls or delta.function_call:
+                found = self._once_named(found)
             if delta.tool_calls:
                 repair = repair or any(call.index is None for call in delta.tool_calls)
+            deltas += found
         self._begun.add(choice.index)
         if choice.finish_reason is not None and choice.index not in self._finished:
             self._finished.add(choice.index)

@@ -192,6 +192,7 @@ def _lenient_custom(raw: Any) -> ToolFunction | None:
 
 
 _SPOKEN = ("audio", "thinking", "reasoning_details")
+_SPOKEN_NAMES = tuple(b'"%b"' % name.encode() for name in _SPOKEN)
 _NO_TEXT = frozenset(("id", "type", "object", "index", "data", "signature", "format", "encrypted_content"))
 
 
@@ -201,6 +202,8 @@ def unheard(payload: bytes) -> list[Delta]:
     Only chunks without any other text are asked, so that an ordinary stream does not pay for it. Members that nobody
     knows are not counted: they may be no output at all, and a charge must not exceed the provider's.
     """
+    if payload.find(b"\\") < 0 and max(map(payload.find, _SPOKEN_NAMES)) < 0:
+        return []  # no such name, as it is or with an escape in it
     found = []
     for choice in _dicts(decode_any(payload).get("choices") or []):
         delta, index = choice.get("delta"), choice.get("index")

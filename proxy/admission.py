@@ -26,6 +26,7 @@ from metering.ledger import (
 )
 from metering.pricing import HoldRates
 from metering.prompt import PromptEstimate, estimate_prompt
+from metering.prompt_counts import PromptCounts
 from metering.ranks import encoding
 from metering.redis_ledger import RedisLedger
 from proxy import telemetry
@@ -115,6 +116,7 @@ class Admission:
         self._price_version = price_version
         self._owner = owner
         self._metering, self._bounds = limits
+        self._counts = PromptCounts()
         self.threads = Threads()
         """For work beside the event loop; this worker's handlers read large bodies there too."""
 
@@ -133,9 +135,9 @@ class Admission:
         self._live.admit()
         route = self.route(request.model)
         if len(request.root.body) <= self._bounds.prompt_inline_bytes:
-            prompt = _estimate(route, request, self._bounds.prompt_exact_bytes_max)
+            prompt = self._estimate(caller, route, request, self._bounds.prompt_exact_bytes_max)
         else:
-            prompt = await self._estimate_beside(route, request)
+            prompt = await self._estimate_beside(caller, route, request)
         rates = route.hold_rates(prompt.hold, audio=request.audio)
         if request.stream and not route.hidden_reasoning:
             size = self._slice(rates, request, prompt.hold)
@@ -156,13 +158,29 @@ class Admission:
         self._live.add(session)
         return session, call
 
-    async def _estimate_beside(self, route: Route, request: ChatRequest) -> PromptEstimate:
+    async def _estimate_beside(self, caller: Caller, route: Route, request: ChatRequest) -> PromptEstimate:
         """A long prompt would stall every other stream of this worker for the milliseconds it takes."""
         exact = self._bounds.prompt_exact_bytes_max
         try:
-            return await asyncio.wait_for(self.threads.run(lambda: _estimate(route, request, exact)), COUNT_WAIT_S)
+            counting = self.threads.run(lambda: self._estimate(caller, route, request, exact))
+            return await asyncio.wait_for(counting, COUNT_WAIT_S)
         except TimeoutError:
-            return _estimate(route, request, 0)
+            return self._estimate(caller, route, request, 0)
+
+    def _estimate(self, caller: Caller, route: Route, request: ChatRequest, exact_bytes_max: int) -> PromptEstimate:
+        """The prompt's tokens at the first candidate."""
+        first, account, count = route.candidates[0], caller.account.id, self._counts.count
+        return estimate_prompt(
+            encoding(first.encoding),
+            first.model,
+            request.messages,
+            tools=request.tools,
+            functions=request.functions,
+            response_format=request.response_format,
+            sizes=request.sizes(),
+            exact_bytes_max=exact_bytes_max,
+            count_one=lambda encoding, text: count(account, encoding, text),
+        )
 
     async def aclose(self) -> None:
         """Admit nothing more. Does not wait for prompts that are still being counted."""
@@ -294,21 +312,6 @@ class Admission:
             slice_low_cost=size.slice_low_cost,
             fence_ms=asked_ms + held.lease_ms - self._metering.fence_margin_ms,
         )
-
-
-def _estimate(route: Route, request: ChatRequest, exact_bytes_max: int) -> PromptEstimate:
-    """The prompt's tokens at the first candidate."""
-    first = route.candidates[0]
-    return estimate_prompt(
-        encoding(first.encoding),
-        first.model,
-        request.messages,
-        tools=request.tools,
-        functions=request.functions,
-        response_format=request.response_format,
-        sizes=request.sizes(),
-        exact_bytes_max=exact_bytes_max,
-    )
 
 
 _LIMITS = {"debt": "balance"}

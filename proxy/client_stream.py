@@ -5,6 +5,7 @@ Must not: know money or providers. Every write is whole frames, so that two writ
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from time import monotonic
 from typing import Any, Protocol
@@ -27,6 +28,8 @@ class ClientConnection(Protocol):
 
     disconnected: bool
     response_started: bool
+    task: asyncio.Task[None] | None
+    """What serves the request."""
     on_gone: Callable[[], None] | None
 
     def abort(self) -> None:

@@ -33,6 +33,7 @@ class LiveSessions:
 
     def __init__(self, ledger: RedisLedger, metering: Metering, bounds: Bounds) -> None:
         self._ledger = ledger
+        self._loop = asyncio.get_running_loop()  # asked once: up to Python 3.11 each time is a call of the system
         self._metering = metering
         self._bounds = bounds
         self._sessions: dict[str, LiveSession] = {}
@@ -48,7 +49,7 @@ class LiveSessions:
 
     def start(self) -> None:
         """Begin to tick."""
-        self._ticker = asyncio.get_running_loop().create_task(self._run())
+        self._ticker = self._loop.create_task(self._run())
         self._ticker.add_done_callback(self._ticker_ended)
 
     def _ticker_ended(self, ticker: asyncio.Task[None]) -> None:
@@ -92,14 +93,17 @@ class LiveSessions:
     def due_within(self, seconds: float) -> asyncio.Future[Any]:
         """A future that is given None at the first tick after that time, unless somebody gave it a result before. A
         timer for each would cost more than what it guards."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Any] = loop.create_future()
-        self._late.append((loop.time() + seconds, future))
+        future: asyncio.Future[Any] = self._loop.create_future()
+        self._late.append((self._loop.time() + seconds, future))
         return future
+
+    def future(self) -> asyncio.Future[None]:
+        """A future of this worker's loop."""
+        return self._loop.create_future()
 
     def detach(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Run `work` to its end whatever becomes of the request that started it."""
-        task = asyncio.get_running_loop().create_task(work)
+        task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._done)
         return task

@@ -26,6 +26,9 @@ Over = tuple[Ending, CallError | None]
 """How a stream ended by itself, and why it failed if it did."""
 
 
+_COMPLETED: Over = (Ending.COMPLETED, None)
+
+
 class Pump:
     """One stream's. `run` once."""
 
@@ -41,6 +44,7 @@ class Pump:
         "_session",
         "_unsent",
         "_waiter",
+        "kept",
     )
 
     def __init__(self, session: LiveSession, meter: Meter, opened: Opened, client: ClientStream, live: LiveSessions):
@@ -57,6 +61,9 @@ class Pump:
         """Whether the first chunk of `_left` is in the meter already."""
         self._broken = False
         """Whether the callback failed: a fault of ours, which its caller logs."""
+        self.kept: list[bytes] = []
+        """The end of a complete stream as far as nobody reads anything in it (no text): it goes out in one write with
+        what the settlement adds."""
         self._waiter: asyncio.Future[None] | None = None
         """There while it is the callback's turn to forward."""
 
@@ -76,7 +83,7 @@ class Pump:
                 elif exchange.complete:
                     self._left = self._codec.end_of_stream()
                 else:
-                    self._waiter = asyncio.get_running_loop().create_future()
+                    self._waiter = self._live.future()
                     await self._waiter
                     if self._broken:
                         raise InternalError
@@ -97,20 +104,28 @@ class Pump:
         """Forward what is left, waiting where that is needed; how the stream ended, if it did."""
         events, self._left = self._left, []
         out, self._unsent = self._unsent, []
+        kept, self.kept = self.kept, []
         over: Over | None = None
         for event in events:
             if isinstance(event, Chunk):
                 if not await self._covered(event):
                     over = Ending.CREDIT_CUT, None
                     break
-                out.append(event.payload)
+                if event.deltas:
+                    out += kept
+                    kept = []
+                (out if event.deltas else kept).append(event.payload)
             elif isinstance(event, UsageSeen):
                 report(self._session, event.usage)
             elif isinstance(event, Completed):
-                out += [self._codec.finish_chunk(choice, "stop") for choice in event.missing_finish]
-                over = Ending.COMPLETED, None
+                kept += [self._codec.finish_chunk(choice, "stop") for choice in event.missing_finish]
+                over = _COMPLETED
             elif isinstance(event, Failed):
                 over = Ending.UPSTREAM_FAILED, failure_error(event.failure)
+        if over == _COMPLETED:
+            self.kept = kept
+        else:
+            out += kept
         self._may_write()
         if out and not self._client.written(out):
             await self._client.payloads(out)
@@ -168,6 +183,7 @@ class Pump:
     def _passed(self, events: list[Event]) -> bool:
         """Meter and write `events`. False when the task must go on, with what is left in `_left`."""
         out: list[bytes] = []
+        spoken = 0
         meter, session = self._meter, self._session
         for at, event in enumerate(events):
             if isinstance(event, Chunk):
@@ -176,10 +192,15 @@ class Pump:
                     self._left, self._counted = events[at:], True
                     break
                 out.append(event.payload)
+                if event.deltas:
+                    spoken = len(out)
             elif isinstance(event, UsageSeen):
                 report(session, event.usage)
             else:
                 self._left = events[at:]
+                if isinstance(event, Completed):
+                    self.kept = out[spoken:]
+                    del out[spoken:]
                 break
         if not out:
             return not self._left

@@ -18,7 +18,7 @@ from proxy.client_stream import ClientStream
 from proxy.errors import CallError, InternalError, OutOfCredit
 from proxy.live_session import LiveSession
 from proxy.live_sessions import LiveSessions
-from proxy.pump import Pump
+from proxy.pump import Over, Pump
 from proxy.session import Ending, Phase
 from proxy.settlement import Bill, Settler
 from proxy.upstream import Opened, PreparedCall, SessionEnded, Upstreams
@@ -49,8 +49,9 @@ class StreamRelay:
         session.client = client
         try:
             opened = await self._upstreams.open_stream(session, call)
-            ending, failure = await Pump(session, _meter(session), opened, client, self._live).run()
-            return await self._close(session, call, client, opened, ending, failure)
+            pump = Pump(session, _meter(session), opened, client, self._live)
+            ending, failure = await pump.run()
+            return await self._close(session, call, client, opened, pump.kept, (ending, failure))
         except CallError as error:
             return await self._end(session, call, client, Ending.UPSTREAM_FAILED, error)
         except SessionEnded:
@@ -68,19 +69,19 @@ class StreamRelay:
         call: PreparedCall,
         client: ClientStream,
         opened: Opened,
-        ending: Ending,
-        failure: CallError | None,
+        last: list[bytes],
+        over: Over,
     ) -> Bill:
-        """The stream is over by itself: settle, then tell the client how."""
+        """The stream is over by itself: settle, then tell the client how. `last` are the payloads that wait for it."""
+        ending, failure = over
         if session.ending is not None:
             raise SessionEnded
         attempt = session.attempts[-1]
-        attempt.close(ending.value if failure is None else type(failure).__name__)
+        attempt.close(ending if failure is None else type(failure).__name__)
         telemetry.count(telemetry.ATTEMPTS, 1, attempt.provider, attempt.outcome)
         usage_wanted = call.request.usage_wanted
         due, settling = self._settler.begin(session, call, ending)
         settled = await settling
-        last: list[bytes] = []
         if ending is Ending.CREDIT_CUT:
             last += [opened.codec.finish_chunk(choice, "length") for choice in opened.codec.open_choices]
         if usage_wanted and failure is None:

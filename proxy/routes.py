@@ -95,7 +95,7 @@ class DataPlane:
             self._live.admission_ended()
         session.started_at = began
         state["session"] = session.id
-        session.task = asyncio.current_task()
+        session.task = connection.task
         session.abort_client = connection.abort
         connection.on_gone = lambda: self._client_gone(session)
         if connection.disconnected:
@@ -239,7 +239,7 @@ def _log(state: Mapping[str, Any], session: LiveSession, bill: Bill | None, bega
             "stream": session.stream,
             "provider": last.provider if last else None,
             "attempts": len(session.attempts),
-            "ending": session.ending.value if session.ending else "completed",
+            "ending": bill.ending if bill else session.ending,
             "prompt": bill.usage.prompt if bill else None,
             "output": bill.usage.output if bill else None,
             "charge": credits_text(bill.micros) if bill else None,

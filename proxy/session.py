@@ -5,7 +5,7 @@ Must not: await, read clocks or talk to anyone. Source: metering design 1.2 and 
 
 from __future__ import annotations
 
-from enum import Enum, IntEnum
+from enum import Enum, IntEnum, StrEnum
 
 from metering.ledger import Outcome
 
@@ -48,8 +48,8 @@ def move(now: Phase, then: Phase) -> Phase:
     return then
 
 
-class Ending(Enum):
-    """Every way a session ends."""
+class Ending(StrEnum):
+    """Every way a session ends, as logs, metrics and the journal name it."""
 
     COMPLETED = "completed"
     CREDIT_CUT = "credit_cut"

@@ -34,6 +34,7 @@ class Bill(msgspec.Struct, frozen=True):
     micros: int
     outcome: Outcome
     counted_output: int | None
+    ending: Ending
 
 
 def bill(session: LiveSession, ending: Ending, prompt_kind: str) -> Bill:
@@ -43,14 +44,14 @@ def bill(session: LiveSession, ending: Ending, prompt_kind: str) -> Bill:
     if charge is Charge.PROMPT and not session.request_sent:
         charge, outcome = Charge.NOTHING, "void"  # the attempt was still connecting: the provider saw nothing
     if charge is Charge.NOTHING or meter is None or price is None:
-        return Bill(TokenUsage(0, 0, 0, 0, 0), "counted", 0, outcome, 0)
+        return Bill(TokenUsage(0, 0, 0, 0, 0), "counted", 0, outcome, 0, ending)
     if charge is Charge.REPORTED and meter.reported is not None:
         # A whole answer with believable usage is not tokenised.
         counted = meter.counted_output() if session.stream else None
-        return Bill(meter.reported, "provider", cost(price, meter.reported), outcome, counted)
+        return Bill(meter.reported, "provider", cost(price, meter.reported), outcome, counted, ending)
     usage = meter.counted()
     charged = TokenUsage(usage.prompt, 0, 0, 0, 0) if charge is Charge.PROMPT else usage
-    return Bill(charged, prompt_kind, cost(price, charged), outcome, usage.output)
+    return Bill(charged, prompt_kind, cost(price, charged), outcome, usage.output, ending)
 
 
 class _Owed(msgspec.Struct):
@@ -69,7 +70,7 @@ def _refused(owed: _Owed, error: LedgerError) -> None:
         "the ledger refused a settlement; the session stays open",
         session=owed.session.id,
         account=owed.session.ref.account.id,
-        ending=owed.ending.value,
+        ending=owed.ending,
         due_micros=owed.due.micros,
         reason=str(error),
     )
@@ -168,7 +169,7 @@ class Settler:
 
     def _count(self, session: LiveSession, route: Route, ending: Ending, due: Bill, reply: Settled | Gone) -> None:
         ours = isinstance(reply, Settled)
-        labels = route.name, ending.value, due.outcome if ours else "swept", due.source
+        labels = route.name, ending, due.outcome if ours else "swept", due.source
         usage = due.usage
         telemetry.session_ended(
             labels,
@@ -188,7 +189,7 @@ class Settler:
     def _metadata(self, session: LiveSession, call: PreparedCall, ending: Ending, due: Bill) -> bytes:
         answered = session.attempts[-1] if session.attempts else None
         if answered is not None:
-            answered.close(ending.value)
+            answered.close(ending)
         first, usage = session.first_content_at, due.usage
         metadata = _Metadata(
             request_id=session.request_id,
@@ -205,7 +206,7 @@ class Settler:
             counted_prompt=call.prompt_tokens,
             counted_output=due.counted_output,
             source=due.source,
-            ending=ending.value,
+            ending=ending,
             first_content_ms=None if first is None else int((first - session.started_at) * 1000),
             duration_ms=int((time.monotonic() - session.started_at) * 1000),
             price_version=self._price_version,

@@ -120,7 +120,7 @@ class Upstreams:
         finally:
             session.content_due = None
             if attempt.outcome == "running" and session.ending is not None:
-                attempt.close(session.ending.value, exchange.status or None)
+                attempt.close(session.ending, exchange.status or None)
         session.first_content_at = time.monotonic()
         session.advance(Phase.CONTENT)
         return Opened(candidate, codec, exchange, events)
@@ -139,7 +139,7 @@ class Upstreams:
             raise self._failed(session, attempt, error) from None
         if session.ending is None and boot_ms() >= session.fence_ms:
             session.end(Ending.LEASE_LOST, LeaseLost())
-            attempt.close(Ending.LEASE_LOST.value, exchange.status)
+            attempt.close(Ending.LEASE_LOST, exchange.status)
             raise SessionEnded  # the sweeper may have settled it: nothing of the answer may reach the client
         exchange.release()
         session.exchange = None
@@ -223,12 +223,16 @@ class Upstreams:
         while True:
             data = await exchange.read()
             size += len(data)
-            fresh = codec.feed(data) if data else codec.end_of_stream()
-            for event in fresh:
-                if isinstance(event, Failed):
+            shown = False
+            for event in codec.feed(data) if data else codec.end_of_stream():
+                events.append(event)
+                if isinstance(event, Chunk):
+                    shown = shown or event.content
+                elif isinstance(event, Failed):
                     raise failure_error(event.failure)
-            events += fresh
-            if any(isinstance(event, Completed) or (isinstance(event, Chunk) and event.content) for event in fresh):
+                elif isinstance(event, Completed):
+                    shown = True
+            if shown:
                 return events
             if size > self._bounds.frame_bytes_max and events:
                 return events  # so much that shows nothing is let through rather than gathered
@@ -249,7 +253,7 @@ class Upstreams:
             session.request_sent = exchange.sent
             exchange.release()
         if session.ending is not None:
-            attempt.close(session.ending.value)
+            attempt.close(session.ending)
             return SessionEnded()
         public = error if isinstance(error, CallError) else transport_error(error)
         attempt.close(type(public).__name__, exchange.status or None if exchange is not None else None)
@@ -269,7 +273,10 @@ class Upstreams:
 
 
 def _is_event_stream(exchange: Exchange) -> bool:
-    return any(name == b"content-type" and b"event-stream" in value.lower() for name, value in exchange.headers)
+    for name, value in exchange.headers:  # noqa: SIM110  # once a stream: a generator costs more than the loop
+        if name == b"content-type" and b"event-stream" in value.lower():
+            return True
+    return False
 
 
 def _falls_back(error: CallError) -> bool:

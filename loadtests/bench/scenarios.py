@@ -19,7 +19,7 @@ from loadtests.bench import stack, wire
 from loadtests.bench.figures import Figure
 from loadtests.bench.stack import BenchError, Target, Tollgate
 
-CONNECTIONS = 16
+CONNECTIONS = 32
 PACE_MIN = 0.97
 MERGED_MAX = 1.2
 LEDGER_S = 30.0

@@ -151,6 +151,19 @@ async def test_every_request_is_one_json_line_with_its_id(gateway: Gateway, key:
         assert (line["event"], line["status"]) == ("refused", status)
 
 
+@pytest.mark.parametrize(("model", "credit", "ending"), [
+    ("gpt-4o-mini", 1_000_000, "completed"),
+    ("gpt-4o-mini", 15, "credit_cut"),
+    ("sim-cut", 1_000_000, "upstream_failed"),
+])  # fmt: skip
+async def test_the_line_of_a_stream_says_how_it_ended(gateway: Gateway, model: str, credit: int, ending: str) -> None:
+    key = await gateway.key(credit)
+    answer = await chat(gateway, key.text, model=model, stream=True)
+    line = await logged(gateway, answer.request_id)
+    row = await gateway.session(line["session"])
+    assert (line["ending"], row["metadata"]["ending"]) == (ending, ending)
+
+
 async def test_the_log_is_json_but_for_the_one_greeting(gateway: Gateway) -> None:
     await chat(gateway, "x")
     *lines, _ = gateway.log.read_text().split("\n")

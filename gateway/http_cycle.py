@@ -31,6 +31,14 @@ class Cycle(RequestResponseCycle):
     on_gone: Callable[[], None] | None = None
     """Called once when the connection is lost while this request is not answered."""
     _head = b""
+    news = False
+    """Whether something has come that `receive` has not told."""
+    waiting: asyncio.Future[None] | None = None
+
+    @property
+    def message_event(self) -> Any:  # type: ignore[override]
+        """Itself: see `set`."""
+        return self
 
     def __init__(self, connection: BoundedProtocol, *, keep_alive: bool) -> None:
         """For the request whose head `connection` has just read. (All that the class above sets and this does not, it
@@ -40,7 +48,6 @@ class Cycle(RequestResponseCycle):
         self.flow = connection.flow
         self.logger = connection.logger
         self.default_headers = connection.server_state.default_headers
-        self.message_event = asyncio.Event()
         self.on_response = connection.on_response_complete
         self.close = connection.close
         self.keep_alive = keep_alive
@@ -89,16 +96,34 @@ class Cycle(RequestResponseCycle):
 
     async def receive(self) -> Any:
         """As ASGI says. Reading goes on behind the body: that is how the client's end is seen."""
-        message = await super().receive()
+        if self.waiting_for_100_continue and not self.transport.is_closing():
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.waiting_for_100_continue = False
         self.flow.resume_reading()
-        return message
+        while not (self.disconnected or self.response_complete or self.news):
+            self.waiting = asyncio.get_running_loop().create_future()
+            await self.waiting
+        self.news = False
+        if self.disconnected or self.response_complete:
+            return {"type": "http.disconnect"}
+        body, self.body = bytes(self.body), bytearray()
+        self.flow.resume_reading()
+        return {"type": "http.request", "body": body, "more_body": self.more_body}
+
+    def set(self) -> None:
+        """Something has come: more of the body, its end, the client's end. (uvicorn's name for it: its connection calls
+        it as the event that `receive` waits for. There is none, because nearly no request waits.)"""
+        self.news = True
+        waiting = self.waiting
+        if waiting is not None and not waiting.done():
+            waiting.set_result(None)
 
     def whole_body(self) -> bytes | None:
         """The request's body when it has come whole, else None."""
         if self.more_body or self.disconnected:
             return None
         self.flow.resume_reading()
-        self.message_event.clear()
+        self.news = False
         body, self.body = bytes(self.body), bytearray()
         return body
 
@@ -167,7 +192,8 @@ class Cycle(RequestResponseCycle):
             raise RuntimeError("Response content shorter than Content-Length")
         self.response_complete = True
         self.part()
-        self.message_event.set()
+        if self.waiting is not None:
+            self.set()
         if not self.keep_alive:
             self.close()
         self.on_response()

@@ -58,6 +58,7 @@ class BoundedProtocol(HttpToolsProtocol):
     write_ms = 60_000
     _write_timer: asyncio.TimerHandle | None = None
     _timer: asyncio.TimerHandle | None = None
+    cycle: Cycle  # None before the first request
     _running: Cycle | None = None
     _behind: bytearray
     """What came behind a running request and is not parsed."""
@@ -141,7 +142,7 @@ class BoundedProtocol(HttpToolsProtocol):
         running = self._running
         if running is not None and not running.response_complete:
             running.disconnected = True  # the one above it knows only the newest, which may wait behind this one
-            running.message_event.set()
+            running.set()
             running.gone()
 
     def pause_writing(self) -> None:
@@ -195,7 +196,9 @@ class BoundedProtocol(HttpToolsProtocol):
         cycle.body += body
         if len(cycle.body) > HIGH_WATER_LIMIT:
             self.flow.pause_reading()
-        cycle.message_event.set()
+        cycle.news = True
+        if cycle.waiting is not None:
+            cycle.set()
 
     def on_chunk_header(self) -> None:
         self._unread_bytes = 0
@@ -249,7 +252,9 @@ class BoundedProtocol(HttpToolsProtocol):
                 self.close()
             return
         cycle.more_body = False
-        cycle.message_event.set()
+        cycle.news = True
+        if cycle.waiting is not None:
+            cycle.set()
 
     def on_response_complete(self) -> None:
         """As in uvicorn, but an idle connection costs no timer of its own."""

@@ -47,7 +47,11 @@ def rates_for(price: CompiledPrice, prompt_tokens: int) -> Rates:
 def cost(price: CompiledPrice, usage: TokenUsage) -> int:
     """Micros for `usage`, rounded up once. What the parts leave of `prompt` and `output` is never below 0."""
     rates = rates_for(price, usage.prompt) if price.tiers else price
-    return -(-(_prompt_raw(rates, usage) + _output_raw(rates, usage)) // MILLION) + price.request
+    if usage.cached or usage.cache_write or usage.audio_input or usage.reasoning or usage.audio_output:
+        raw = _prompt_raw(rates, usage) + _output_raw(rates, usage)
+    else:
+        raw = usage.prompt * rates.input + usage.output * rates.output
+    return -(-raw // MILLION) + price.request
 
 
 class HoldRates(msgspec.Struct, frozen=True):
@@ -115,8 +119,6 @@ def sane(usage: TokenUsage) -> str | None:
 
 
 def _prompt_raw(rates: Rates, usage: TokenUsage) -> int:
-    if not (usage.cached or usage.cache_write or usage.audio_input):
-        return usage.prompt * rates.input
     plain = max(0, usage.prompt - usage.cached - usage.cache_write - usage.audio_input)
     return (
         plain * rates.input
@@ -127,8 +129,6 @@ def _prompt_raw(rates: Rates, usage: TokenUsage) -> int:
 
 
 def _output_raw(rates: Rates, usage: TokenUsage) -> int:
-    if not (usage.reasoning or usage.audio_output):
-        return usage.output * rates.output
     plain = max(0, usage.output - usage.reasoning - usage.audio_output)
     return plain * rates.output + usage.reasoning * rates.reasoning + usage.audio_output * rates.audio_output
 

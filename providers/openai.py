@@ -14,6 +14,7 @@ from providers.json_root import NotAnObject, RootObject
 from providers.openai_errors import failure_from_frame, failure_from_status
 from providers.openai_repair import finish_payload, repaired, usage_payload
 from providers.openai_wire import (
+    NO_USAGE,
     WireChoice,
     WireChunk,
     decode_any,
@@ -166,11 +167,12 @@ class OpenAICodec:
             deltas += unheard(payload)
         if self._first is None:
             self._first = payload
-        raw = chunk.usage_json()
+        raw = None if chunk.usage in NO_USAGE and chunk.x_groq is None else chunk.usage_json()
         if repair or raw is not None or self._call.rename_to is not None or OURS in payload:
             payload = repaired(payload, self._call.rename_to, choices=repair, null_usage=self._call.usage_wanted)
         events.append(Chunk(payload, deltas, tuple(finished), content=bool(deltas or finished)))
-        self._usage(raw, events)  # after its chunk: a report counts only for the text that came before it
+        if raw is not None:
+            self._usage(raw, events)  # after its chunk: a report counts only for the text that came before it
 
     def _choice(self, choice: WireChoice, deltas: list[Delta], finished: list[int]) -> bool:
         """Collect one choice's text and end; returns whether the frame needs repair."""

@@ -78,7 +78,7 @@ decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 encode = msgspec.json.encode
 
 
-_NO_USAGE = (msgspec.Raw(b"null"), msgspec.Raw())
+NO_USAGE = (msgspec.Raw(b"null"), msgspec.Raw())
 
 
 def only_text(chunk: WireChunk) -> Delta | None:
@@ -88,7 +88,7 @@ def only_text(chunk: WireChunk) -> Delta | None:
         return None
     choice = choices[0]
     delta = choice.delta
-    if delta is None or choice.finish_reason is not None or chunk.usage not in _NO_USAGE:
+    if delta is None or choice.finish_reason is not None or chunk.usage not in NO_USAGE:
         return None
     if delta.refusal or delta.tool_calls or delta.function_call:
         return None

@@ -71,7 +71,7 @@ def _members(session: LiveSession, due: Bill, reply: Reply) -> bytes:
     balance = f',"balance":{credits_text(reply.available)}' if isinstance(reply, Settled) else ""
     attempts = session.attempts
     return b'{"session":"%b"%b,"provider":%b,"attempts":%d}' % (
-        session.id.encode(),
+        session.ref.session.encode(),
         (charge + balance).encode(),
         msgspec.json.encode(attempts[-1].provider if attempts else None),
         len(attempts),
@@ -94,7 +94,7 @@ def stream_headers(session: LiveSession) -> Headers:
     """Headers of a stream: what is known when it starts. The bill follows in the usage chunk."""
     headers = [
         (b"x-request-id", session.request_id.encode()),
-        (b"x-tollgate-session", session.id.encode()),
+        (b"x-tollgate-session", session.ref.session.encode()),
         (b"x-tollgate-route", session.route.encode()),
     ]
     if session.first_content_at is not None:
@@ -107,7 +107,7 @@ def stream_headers(session: LiveSession) -> Headers:
 def bill_headers(session: LiveSession, due: Bill, reply: Reply) -> Headers:
     """Headers of a whole answer or of an error after a hold."""
     headers = [
-        (b"x-tollgate-session", session.id.encode()),
+        (b"x-tollgate-session", session.ref.session.encode()),
         (b"x-tollgate-route", session.route.encode()),
         *_attempt_headers(session),
     ]

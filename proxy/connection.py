@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import select
 import ssl
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from asyncio import Transport as Socket
@@ -59,7 +59,7 @@ class Connection(asyncio.Protocol):
         self._poll: select.poll | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        socket = cast("Socket", transport)
+        socket: Socket = transport  # type: ignore[assignment]  # a stream's, and no cast: this is on the way of calls
         exchange = self.exchange
         if exchange is None or exchange.error is not None:
             # Given up while connecting. Not counted as open: when the connecting task is cancelled as well, uvloop

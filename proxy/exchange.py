@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from proxy.connection import Connection, Home
 from proxy.http_parser import PARSE_ERRORS, ResponseReader, describe, starts_response
@@ -179,7 +179,8 @@ class Exchange:
         connection.exchange = self
         self._phase = "head"
         self.due = min(self._clock.now + self._deadlines.head, self._total_due)
-        cast("Socket", connection.transport).write(self._request)
+        transport: Socket = connection.transport  # type: ignore[assignment]  # it has just been made, or is fresh
+        transport.write(self._request)
         self.sent = True
         self._request = b""
         if self._held:

@@ -7,7 +7,6 @@ up in the next.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import httptools
 
@@ -68,7 +67,7 @@ class ResponseReader:
     def on_headers_complete(self) -> None:
         if self.status:
             return
-        parser = cast("httptools.HttpResponseParser", self.parser)
+        parser: httptools.HttpResponseParser = self.parser  # type: ignore[assignment]  # there until `close`
         status = parser.get_status_code()
         if status < 200:
             self._skip(status)

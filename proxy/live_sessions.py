@@ -40,6 +40,7 @@ class LiveSessions:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._ticker: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
+        """Set while draining, whenever something has ended."""
         self._late: list[tuple[float, asyncio.Future[Any]]] = []
         self._admitting = 0
         self._ticking: LiveSession | None = None
@@ -76,15 +77,16 @@ class LiveSessions:
     def admission_ended(self) -> None:
         """The call is admitted, or refused."""
         self._admitting -= 1
-        self._changed.set()
+        if self.draining:
+            self._changed.set()
 
     def add(self, session: LiveSession) -> None:
         """A session was held. Its first fence runs from the moment the hold was asked for."""
-        self._sessions[session.id] = session
+        self._sessions[session.ref.session] = session
 
     def remove(self, session: LiveSession) -> None:
         """A session is settled."""
-        if self._sessions.pop(session.id, None) is not None:
+        if self._sessions.pop(session.ref.session, None) is not None and self.draining:
             self._changed.set()
 
     def __len__(self) -> int:

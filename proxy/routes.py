@@ -30,8 +30,8 @@ from proxy.relay import StreamRelay
 from proxy.request import ChatRequest, read_chat
 from proxy.session import Ending
 from proxy.settlement import Bill, Settler
-from proxy.upstream import PreparedCall, SessionEnded
-from proxy.whole_relay import WholeRelay
+from proxy.upstream import SessionEnded
+from proxy.whole_relay import WholeAnswer, WholeRelay
 
 Scope = Mapping[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -63,57 +63,60 @@ class DataPlane:
         self._models = {name: self._model(name, route) for name, route in routes.items()}
 
     async def chat_completions(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """POST /v1/chat/completions. Raises CallError and the key errors while no response has begun."""
+        """POST /v1/chat/completions. Raises CallError and the key errors while no response has begun.
+
+        In one piece: each coroutine on the way is gone through again whenever the call goes on."""
+        began = time.monotonic()
         share = BodyShare(self._live.bodies)
+        state = scope["state"]
+        connection: ClientConnection = state["connection"]
         try:
-            await self._chat(scope, receive, send, share)
+            request_key = state["request_id"] = request_id()
+            authorization, idempotency_keys, announced = _head(scope)
+            principal = await self._principal(authorization)
+            state["key"], state["account"] = principal.key_id, principal.account_id
+            idempotency = read_key(idempotency_keys)
+            request = await self._read(await self._body(announced, connection, receive, share))
+            state["route"] = request.model if request.model in self._models else None
+            self._live.admission_begins()
+            try:
+                session, call = await self._admission.admit(_caller(principal, idempotency), request, request_key)
+            finally:
+                self._live.admission_ended()
+            self._bind(session, connection, began)
+            state["session"] = session.ref.session
+            bill: Bill | None = None
+            try:
+                if request.stream:
+                    client = ClientStream(send, connection, lambda: stream_headers(session))
+                    bill = await self._stream_relay.run(session, call, client)
+                else:
+                    answer = await self._whole_relay.run(session, call)
+                    bill = answer.bill
+                    headers = _whole_headers(session, answer)
+                    if not connection.respond(200, headers, answer.body):
+                        await send({"type": "http.response.start", "status": 200, "headers": headers})
+                        await send({"type": "http.response.body", "body": answer.body})
+            except SessionEnded:
+                pass  # there is nobody to answer
+            finally:
+                connection.on_gone = None
+                session.abort_client = None  # the connection may carry another request next
+                session.client = session.task = None
+                self._settler.abandoned(session, call)
+            _log(state, session, bill, began, answered=connection.response_started)
         finally:
             share.release()
-            scope["state"].pop("connection", None)  # it knows its scope: a circle that only a collection would free
+            state.pop("connection", None)  # it knows its scope: a circle that only a collection would free
 
-    async def _chat(self, scope: Scope, receive: Receive, send: Send, share: BodyShare) -> None:
-        began = time.monotonic()
-        state = scope["state"]
-        request_key = state["request_id"] = request_id()
-        connection: ClientConnection = state["connection"]
-        authorization, idempotency_keys, announced = _head(scope)
-        principal = await self._principal(authorization)
-        state["key"], state["account"] = principal.key_id, principal.account_id
-        idempotency = read_key(idempotency_keys)
-        request = await self._read(await self._body(announced, connection, receive, share))
-        state["route"] = request.model if request.model in self._models else None
-        caller = Caller(
-            AccountRef(principal.account_id, principal.shard),
-            principal.key_id,
-            KeyLimits(principal.requests_per_minute, principal.parallel_sessions),
-            idempotency,
-        )
-        self._live.admission_begins()
-        try:
-            session, call = await self._admission.admit(caller, request, request_key)
-        finally:
-            self._live.admission_ended()
+    def _bind(self, session: LiveSession, connection: ClientConnection, began: float) -> None:
+        """Tie the session and the client's connection together, until the call is over."""
         session.started_at = began
-        state["session"] = session.id
         session.task = connection.task
         session.abort_client = connection.abort
         connection.on_gone = lambda: self._client_gone(session)
         if connection.disconnected:
             self._client_gone(session)
-        try:
-            if request.stream:
-                bill = await self._stream(session, call, send, connection)
-            else:
-                bill = await self._whole(session, call, send, connection)
-        except SessionEnded:
-            _log(state, session, None, began, answered=connection.response_started)
-            return
-        finally:
-            connection.on_gone = None
-            session.abort_client = None  # the connection may carry another request next
-            session.client = session.task = None
-            self._settler.abandoned(session, call)
-        _log(state, session, bill, began, answered=connection.response_started)
 
     async def aclose(self) -> None:
         """Serve nothing more; does not wait for work beside the event loop."""
@@ -183,26 +186,24 @@ class DataPlane:
         if session.stream or not session.finishing:
             session.end(Ending.CLIENT_GONE)
 
-    async def _stream(self, session: LiveSession, call: PreparedCall, send: Send, connection: ClientConnection) -> Bill:
-        client = ClientStream(send, connection, lambda: stream_headers(session))
-        return await self._stream_relay.run(session, call, client)
-
-    async def _whole(self, session: LiveSession, call: PreparedCall, send: Send, connection: ClientConnection) -> Bill:
-        answer = await self._whole_relay.run(session, call)
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", b"%d" % len(answer.body)),
-            (b"x-request-id", session.request_id.encode()),
-            *answer.headers,
-        ]
-        if not connection.respond(200, headers, answer.body):
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
-            await send({"type": "http.response.body", "body": answer.body})
-        return answer.bill
-
     def _model(self, name: str, route: Route) -> dict[str, Any]:
         owner = route.candidates[0].upstream.name
         return {"id": name, "object": "model", "created": self._started, "owned_by": owner}
+
+
+def _caller(principal: Principal, idempotency: str) -> Caller:
+    account = AccountRef(principal.account_id, principal.shard)
+    limits = KeyLimits(principal.requests_per_minute, principal.parallel_sessions)
+    return Caller(account, principal.key_id, limits, idempotency)
+
+
+def _whole_headers(session: LiveSession, answer: WholeAnswer) -> list[tuple[bytes, bytes]]:
+    return [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(answer.body)),
+        (b"x-request-id", session.request_id.encode()),
+        *answer.headers,
+    ]
 
 
 def _head(scope: Scope) -> tuple[bytes, list[bytes], bytes]:
@@ -232,7 +233,7 @@ def _log(state: Mapping[str, Any], session: LiveSession, bill: Bill | None, bega
         "chat",
         {
             "request_id": session.request_id,
-            "session": session.id,
+            "session": session.ref.session,
             "account": state["account"],
             "key": state["key"],
             "route": session.route,

@@ -33,7 +33,7 @@ MOVES: dict[Phase, frozenset[Phase]] = {
 }
 
 
-_ALLOWED = tuple(sum(1 << then for then in MOVES[now]) for now in Phase)
+ALLOWED = tuple(sum(1 << then for then in MOVES[now]) for now in Phase)
 """`MOVES` as bits: an enum's hash is a call of Python, and a session moves five times."""
 
 
@@ -41,11 +41,10 @@ class IllegalMove(Exception):
     """A session tried a move that its table does not have."""
 
 
-def move(now: Phase, then: Phase) -> Phase:
-    """The next phase. Raises IllegalMove."""
-    if not _ALLOWED[now] >> then & 1:
+def may_move(now: Phase, then: Phase) -> None:
+    """Raises IllegalMove where the table has no such move."""
+    if not ALLOWED[now] >> then & 1:
         raise IllegalMove(f"{now.name} -> {then.name}")
-    return then
 
 
 class Ending(StrEnum):

@@ -103,7 +103,8 @@ class Address:
 
 def pack(words: tuple[Word, ...]) -> bytes:
     """One command in RESP. Raises TypeError for a word that is not str, bytes or int."""
-    return cast(bytes, hiredis.pack_command(words))  # type: ignore[arg-type]  # its stub knows 1-tuples only
+    packed: bytes = hiredis.pack_command(words)  # type: ignore[arg-type]  # its stub knows 1-tuples only
+    return packed
 
 
 class Connection(asyncio.Protocol):

@@ -95,7 +95,10 @@ class Job:
             if self._every:
                 self._turn(load, asyncio.get_running_loop().time() + self._every * number / spec["connections"])
             else:
-                load.send(self._request)
+                self._ask(load)
+
+    def _ask(self, load: Load) -> None:
+        load.send(wire.asked_anew(self._request, self._totals.sent))
 
     def _turn(self, load: Load, due: float) -> None:
         """Send at `due` (loop time), and then once in every interval, later only where an answer is."""
@@ -109,7 +112,7 @@ class Job:
         if self._stopped or not load.open:
             self._drop(load)
         else:
-            load.send(self._request)
+            self._ask(load)
 
     async def _streams(self) -> None:
         spec = self._spec
@@ -131,7 +134,7 @@ class Job:
         if self._every:
             self._turn(load, self._due[load] + self._every)
         elif self._request and not self._stopped and load.open:
-            load.send(self._request)
+            self._ask(load)
         else:
             self._drop(load)
 

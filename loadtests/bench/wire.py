@@ -14,6 +14,8 @@ MODEL = "gpt-4o-mini"
 TLS_MODEL = "gpt-4o-mini-tls"
 """The route to the same provider over TLS."""
 WORDS = ("day", "man", "way", "sun", "sea", "sky", "air", "hat", "cat", "dog", "car", "bus", "map", "pen", "box", "cup")
+_YEAR = "00000000"
+"""Eight digits of every prompt, which `asked_anew` makes others: nobody asks twice the same."""
 END = "end"
 """The plan that ends all streams."""
 PROMPT_TOKENS = 21
@@ -100,13 +102,18 @@ def _answer() -> bytes:
 ANSWER = _answer()
 
 
+def asked_anew(request: bytes, number: int) -> bytes:
+    """The request with another prompt of the same length."""
+    return request.replace(_YEAR.encode(), b"%08d" % (number % 100_000_000), 1)
+
+
 def request(port: int, key: str, *, plan: str = "", stream: bool = False, model: str = MODEL) -> bytes:
     """A whole request. `plan` travels in the standard field `user` to the upstream: `chunks=2 rate=0`, or END."""
     body: dict[str, Any] = {
         "model": model,
         "messages": [
             {"role": "system", "content": "You are a helpful assistant."},
-            {"role": "user", "content": "Tell me how the harbour master kept her two ledgers, please."},
+            {"role": "user", "content": f"Tell me how the harbour master kept her two ledgers in year {_YEAR}."},
         ],
         "user": plan,
     }

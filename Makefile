@@ -29,9 +29,10 @@ format: $(VENV)/.installed  ## put the code into its form
 include make/real.mk
 include make/bench.mk
 include make/load.mk
+include make/peers.mk
 
 clean:  ## remove .venv and caches (data folders stay)
-	rm -rf $(VENV) .venv-real .venv-bench .venv-lock .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .venv-real .venv-bench .venv-peers .venv-lock .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis *.egg-info
 
 # The version check comes first: pip's own message about an old Python is a riddle.
 $(BIN)/python:

@@ -39,3 +39,4 @@ lock: ## write the lock files anew (LOCK_ARGS=--upgrade for newer versions)
 	$(LOCK) --output-file requirements-real-build.lock requirements-real-build.in
 	$(LOCK) --output-file requirements-real.lock requirements-real.in
 	$(LOCK) --output-file requirements-bench.lock requirements-bench.in
+	$(LOCK) --output-file requirements-peers.lock requirements-peers.in

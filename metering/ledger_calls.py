@@ -77,6 +77,22 @@ class LedgerCalls:
         return reply
 
 
+def brought(sent: asyncio.Future[Any]) -> list[Any]:
+    """The reply of a script that was sent without a coroutine, with the client's errors in the ledger's words. A script
+    that the server does not have is LedgerUnavailable: the way with a coroutine loads it."""
+    try:
+        reply: list[Any] = sent.result()
+    except RedisReplyError as error:
+        if error.code == "NOSCRIPT":
+            raise LedgerUnavailable(str(error)) from error
+        raise ledger_replies.translated(error) from error
+    except RedisUnavailable as error:
+        raise LedgerUnavailable(str(error)) from error
+    if reply[0] == b"EPOCH":
+        raise LedgerFrozen("the shard is frozen or has another epoch")
+    return reply
+
+
 async def answered(call: Awaitable[T]) -> T:
     """A call's result, with the client's errors in the ledger's words."""
     try:

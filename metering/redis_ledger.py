@@ -34,10 +34,9 @@ from metering.ledger import (
     Snapshot,
     Swept,
 )
-from metering.ledger_calls import LedgerCalls, answered
+from metering.ledger_calls import LedgerCalls, answered, brought
 from metering.ledger_replies import REFUSALS
 from metering.scripts import Caller, Script, Word
-from storage.redis_client import RedisReplyError, RedisUnavailable
 
 SNAPSHOT_TRIES = 5
 RETRY_FIRST_S = 0.05
@@ -131,26 +130,25 @@ class RedisLedger(LedgerCalls):
         """Checkpoint `metered` micros (absolute, with the prompt) as number `seq`, renew the lease, extend the hold.
 
         Raises LedgerUnavailable (repeat it, or send the next one), LedgerFrozen, LedgerError."""
-        uid, sid = ref.account.id, ref.session
-        shard = SHARDS[ref.account.shard]
-        words: tuple[Word, ...] = (
-            6,
-            shard.meta,
-            shard.account + uid,
-            shard.order + uid,
-            shard.grants + uid,
-            shard.session + sid,
-            shard.leases,
-            self._epochs[shard.number] or await self._epoch(shard.number),
-            uid,
-            sid,
-            ref.fence,
-            seq,
-            metered,
-            want_hold,
-            self._lease_ms,
-        )
-        reply = await self._run(self._progress, words)
+        epoch = self._epochs[ref.account.shard] or await self._epoch(ref.account.shard)
+        words = _progress_words(epoch, ref, seq, metered, want_hold, self._lease_ms)
+        return self._progress_reply(await self._run(self._progress, words))
+
+    def progress_sent(self, ref: SessionRef, seq: int, metered: int, want_hold: int) -> asyncio.Future[Any] | None:
+        """`progress` sent without a coroutine; `progressed` reads what it brings. None, with nothing sent, when the
+        shard's epoch is not known yet."""
+        epoch = self._epochs[ref.account.shard]
+        if epoch is None:
+            return None
+        words = _progress_words(epoch, ref, seq, metered, want_hold, self._lease_ms)
+        return self._client.call("EVALSHA", self._progress.sha, *words)
+
+    def progressed(self, sent: asyncio.Future[Any]) -> Progressed | Gone:
+        """What `progress_sent` brought. Raises as `progress` does, and LedgerUnavailable where `progress` would have
+        loaded the script first."""
+        return self._progress_reply(brought(sent))
+
+    def _progress_reply(self, reply: list[Any]) -> Progressed | Gone:
         code = reply[0]
         if code == b"OK" or code == b"STALE":
             return Progressed(int(reply[1]), int(reply[2]), code == b"OK")
@@ -189,16 +187,7 @@ class RedisLedger(LedgerCalls):
 
     def settled(self, outcome: Outcome, sent: asyncio.Future[Any]) -> Settled | Gone:
         """What `settle_sent` brought. Raises LedgerUnavailable (call `settle` or `void`), LedgerFrozen, LedgerError."""
-        try:
-            reply: list[Any] = sent.result()
-        except RedisReplyError as error:
-            if error.code == "NOSCRIPT":
-                raise LedgerUnavailable(str(error)) from error  # the other way loads it
-            raise ledger_replies.translated(error) from error
-        except RedisUnavailable as error:
-            raise LedgerUnavailable(str(error)) from error
-        if reply[0] == b"EPOCH":
-            raise LedgerFrozen("the shard is frozen or has another epoch")
+        reply = brought(sent)
         return self._void_reply(reply) if outcome == "void" else self._settle_reply(reply)
 
     def _settle_reply(self, reply: list[Any]) -> Settled | Gone:
@@ -344,6 +333,30 @@ class RedisLedger(LedgerCalls):
             await asyncio.sleep(pause_s)
             pause_s *= 2
         raise AssertionError("tries is at least 1")
+
+
+def _progress_words(
+    epoch: bytes, ref: SessionRef, seq: int, metered: int, want_hold: int, lease_ms: int
+) -> tuple[Word, ...]:
+    uid, sid = ref.account.id, ref.session
+    shard = SHARDS[ref.account.shard]
+    return (
+        6,
+        shard.meta,
+        shard.account + uid,
+        shard.order + uid,
+        shard.grants + uid,
+        shard.session + sid,
+        shard.leases,
+        epoch,
+        uid,
+        sid,
+        ref.fence,
+        seq,
+        metered,
+        want_hold,
+        lease_ms,
+    )
 
 
 def _finish_words(epoch: bytes, ref: SessionRef, *tail: Word) -> tuple[Word, ...]:

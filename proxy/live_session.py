@@ -76,7 +76,7 @@ class LiveSession(msgspec.Struct, eq=False):
     meter: Meter | None = None
     exchange: Exchange | None = None
     client: ClientStream | None = None
-    checkpoint: asyncio.Task[Any] | None = None
+    checkpoint: asyncio.Future[Any] | None = None
     checkpoint_at: float = msgspec.field(default_factory=time.monotonic)
     checkpoint_metered: int = 0
     unanswered: bool = False

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from config.settings import Bounds, Metering
@@ -105,16 +105,20 @@ class LiveSessions:
 
     def detach(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Run `work` to its end whatever becomes of the request that started it."""
-        task = self._loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
+        task = self._tracked(work)
+        task.add_done_callback(_log_failure)
         return task
 
-    def _done(self, task: asyncio.Task[Any]) -> None:
+    def _tracked(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """A task that a drain waits for."""
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         self._changed.set()
-        if not task.cancelled() and task.exception() is not None:
-            telemetry.log.error("a detached task failed", exc_info=task.exception())
 
     async def extend(self, session: LiveSession) -> None:
         """Checkpoint and ask for a slice beyond the hold and all that is metered (a chunk may be larger than a slice);
@@ -130,10 +134,28 @@ class LiveSessions:
                 return
             await asyncio.sleep(EXTEND_PAUSE_S)
 
-    def checkpoint(self, session: LiveSession, want_hold: int = 0) -> asyncio.Task[Any]:
-        """Tell the ledger what is metered so far and renew the lease; at most one at a time per session."""
-        if session.checkpoint is None:
-            session.checkpoint = self.detach(self._checkpoint(session, max(want_hold, session.held)))
+    def checkpoint(self, session: LiveSession, want_hold: int = 0) -> asyncio.Future[Any]:
+        """Tell the ledger what is metered so far and renew the lease; at most one at a time per session. What is
+        returned is done when the session has the answer."""
+        if session.checkpoint is not None:
+            return session.checkpoint
+        want, sent_ms = max(want_hold, session.held), boot_ms()
+        session.seq += 1
+        # Never more than the hold: what is metered beyond it was not forwarded yet, and may be taken back.
+        metered = min(session.metered_now(), session.held)
+        session.checkpoint_at = time.monotonic()
+        session.checkpoint_metered = metered
+        sent = None  # without a task, but where the last one failed: the other way loads a script that is missing
+        if not session.unanswered:
+            sent = self._ledger.progress_sent(session.ref, session.seq, metered, want)
+        if sent is None:
+            sent = self._tracked(self._ledger.progress(session.ref, session.seq, metered, want))
+            session.checkpoint = sent
+            sent.add_done_callback(lambda sent: self._checkpointed(session, sent_ms, want, sent.result))
+        else:
+            session.checkpoint = sent
+            read = self._ledger.progressed
+            sent.add_done_callback(lambda sent: self._checkpointed(session, sent_ms, want, lambda: read(sent)))
         return session.checkpoint
 
     def confirm(self, session: LiveSession) -> None:
@@ -142,33 +164,28 @@ class LiveSessions:
         if session.metered_now() > session.slice_low_cost:
             self.checkpoint(session)
 
-    async def _checkpoint(self, session: LiveSession, want_hold: int) -> None:
-        session.seq += 1
-        sent_ms = boot_ms()
-        # Never more than the hold: what is metered beyond it was not forwarded yet, and may be taken back.
-        metered = min(session.metered_now(), session.held)
-        session.checkpoint_at = time.monotonic()
-        session.checkpoint_metered = metered
+    def _checkpointed(
+        self, session: LiveSession, sent_ms: int, want: int, read: Callable[[], Progressed | Gone]
+    ) -> None:
+        """The answer to a checkpoint, or that there is none: then the stream goes on inside its held slice until the
+        fence, and the tick tries again."""
+        session.checkpoint = None
+        session.unanswered = True
         try:
-            reply = await self._ledger.progress(session.ref, session.seq, metered, want_hold)
-        except LedgerUnavailable:
-            # The stream goes on inside its held slice until the fence; the tick tries again.
-            session.unanswered = True
+            reply = read()
+        except (LedgerUnavailable, asyncio.CancelledError):
             return
         except LedgerError as error:
             telemetry.log.error("the ledger refused a checkpoint", session=session.id, reason=str(error))
-            session.unanswered = True
             return
-        finally:
-            session.checkpoint = None
         session.unanswered = False
         if isinstance(reply, Progressed):
             if not reply.applied:
                 return  # an older report: it renewed nothing
             session.held = reply.held
-            session.exhausted = reply.held < want_hold
+            session.exhausted = reply.held < want
             session.fence_ms = sent_ms + self._metering.lease_ms - self._metering.fence_margin_ms
-        elif isinstance(reply, Gone) and session.phase < Phase.SETTLING:
+        elif session.phase < Phase.SETTLING:
             telemetry.LEASES_LOST.inc()
             session.end(Ending.LEASE_LOST, LeaseLost())
 
@@ -258,3 +275,8 @@ class LiveSessions:
                 while self._sessions or self._admitting or (tasks_too and self._tasks):
                     self._changed.clear()
                     await self._changed.wait()
+
+
+def _log_failure(task: asyncio.Task[Any]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        telemetry.log.error("a detached task failed", exc_info=task.exception())

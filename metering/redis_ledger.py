@@ -15,30 +15,24 @@ from metering import ledger_replies
 from metering.keys import SHARDS
 from metering.ledger import (
     AccountRef,
-    Balance,
     Gone,
-    Granted,
-    GrantRefused,
-    GrantRequest,
     Held,
     HoldRequest,
     LedgerFrozen,
     LedgerUnavailable,
     Outcome,
-    Past,
     Progressed,
     Refused,
     Repeated,
     SessionRef,
     Settled,
-    Snapshot,
     Swept,
 )
-from metering.ledger_calls import LedgerCalls, answered, brought
+from metering.ledger_accounts import AccountLedger
+from metering.ledger_calls import answered, brought
 from metering.ledger_replies import REFUSALS
 from metering.scripts import Caller, Script, Word
 
-SNAPSHOT_TRIES = 5
 RETRY_FIRST_S = 0.05
 
 _RESERVE_KEYS = "meta account order grants session leases limits idempotency"
@@ -51,7 +45,7 @@ _VOID_ARGS = "ep uid sid kid fence metadata"
 _SWEEP_ARGS = "ep uid sid kid"
 
 
-class RedisLedger(LedgerCalls):
+class RedisLedger(AccountLedger):
     """One process's ledger. `lease_ms` is what reserve and progress ask for.
 
     settle and void repeat themselves while Redis gives no answer, at most `tries` times within `budget_ms`. They and
@@ -232,89 +226,6 @@ class RedisLedger(LedgerCalls):
         if reply[0] != b"SETTLED":
             raise ledger_replies.refused(self._sweep, reply)
         return Swept(ref.session, ref.account, int(reply[1]), int(reply[2]), int(reply[4]))
-
-    # --- the cold verbs
-
-    async def grant(self, request: GrantRequest) -> Granted | GrantRefused:
-        """Issue credit, once per grant id. Raises LedgerUnavailable (repeat it), LedgerFrozen, LedgerError."""
-        shard, uid, script = SHARDS[request.account.shard], request.account.id, self._scripts["grant"]
-        reply = await self._run(
-            script,
-            script.place(
-                {
-                    "meta": shard.meta,
-                    "account": shard.account + uid,
-                    "order": shard.order + uid,
-                    "grants": shard.grants + uid,
-                    "expiries": shard.expiries,
-                    "outbox": shard.outbox,
-                },
-                {
-                    "ep": await self._epoch_of(shard.number),
-                    "uid": uid,
-                    "gid": request.id,
-                    "credit": request.amount,
-                    "priority": request.priority,
-                    "expiry": request.expires_ms,
-                    "created": request.created_ms,
-                },
-            ),
-        )
-        code = reply[0]
-        if code in (b"GRANTED", b"EXISTS"):
-            return Granted(int(reply[1]), int(reply[2]), int(reply[3]), code == b"EXISTS")
-        return GrantRefused("conflict" if code == b"CONFLICT" else "full" if code == b"FULL" else "bounds")
-
-    async def balance(self, account: AccountRef) -> Balance:
-        """The account's figures; zeros for one without grants. Raises LedgerUnavailable, LedgerFrozen."""
-        shard = SHARDS[account.shard]
-        calls = (
-            self._client.call("HGET", shard.meta, "ep"),
-            self._client.call("HMGET", shard.account + account.id, "av", "hd", "db", "tc", "ns"),
-        )
-        epoch, row = await answered(asyncio.gather(*calls))
-        if epoch is None or epoch != await self._epoch_of(shard.number):
-            raise LedgerFrozen(f"shard {shard.number} is frozen")
-        return Balance(*(int(value or 0) for value in row))
-
-    async def past(self, account: AccountRef, session: str) -> Past | None:
-        """What became of a session of the account; None when Redis does not know it. Raises LedgerUnavailable."""
-        name = SHARDS[account.shard].session + session
-        row = await answered(self._client.call("HMGET", name, "st", "o", "c", "u"))
-        return ledger_replies.read_past(row, account.id)
-
-    async def snapshot(self, account: AccountRef) -> Snapshot:
-        """The account with all its grants and open sessions at one instant, for the audit.
-
-        Raises LedgerUnavailable, LedgerFrozen, LedgerError."""
-        for _ in range(SNAPSHOT_TRIES):
-            taken = await self._snapshot(account)
-            if len(taken.sessions) == taken.balance.sessions:
-                break  # else a session opened between the listing and the script; or the ledger is really wrong
-        return taken
-
-    async def _snapshot(self, account: AccountRef) -> Snapshot:
-        shard, uid, script = SHARDS[account.shard], account.id, self._scripts["audit"]
-        members = await answered(self._client.call("ZRANGE", shard.leases, "0", "-1"))
-        mine = f"{uid}|".encode()
-        sids: list[Word] = [member[len(mine) :] for member in members if member.startswith(mine)]
-        reply = await self._run(
-            script,
-            script.place(
-                {
-                    "meta": shard.meta,
-                    "account": shard.account + uid,
-                    "order": shard.order + uid,
-                    "grants": shard.grants + uid,
-                    "leases": shard.leases,
-                    "sessions": [shard.session.encode() + sid for sid in sids if isinstance(sid, bytes)],
-                },
-                {"ep": await self._epoch_of(shard.number), "uid": uid, "sids": sids},
-            ),
-        )
-        if reply[0] != b"SNAPSHOT":
-            raise ledger_replies.refused(script, reply)
-        return ledger_replies.read_snapshot(reply)
 
     # --- plumbing
 

@@ -24,6 +24,9 @@ from proxy.live_session import LiveSession, boot_ms
 from proxy.session import Ending, Phase
 
 TICK_S = 0.1
+LAG_ALARM_S = 0.25
+"""How late a tick may be: by then clients see streams stop."""
+LAG_LINE_S = 10.0
 EXTEND_PAUSE_S = 0.1
 """Between two tries to extend a hold while the ledger does not answer."""
 
@@ -44,6 +47,7 @@ class LiveSessions:
         self._late: list[tuple[float, asyncio.Future[Any]]] = []
         self._admitting = 0
         self._ticking: LiveSession | None = None
+        self._lag_told = -math.inf
         self.draining = False
         self.bodies = Bodies(bounds.bodies_bytes_max)
         """The request bodies of this worker."""
@@ -199,6 +203,8 @@ class LiveSessions:
             self._give_up_late(loop.time())
             if lag > TICK_S:
                 due = loop.time()
+            if lag >= LAG_ALARM_S:
+                self._lag_alarm(lag, loop.time())
             now, now_boot = time.monotonic(), boot_ms()
             for session in list(self._sessions.values()):
                 self._ticking = session
@@ -208,6 +214,13 @@ class LiveSessions:
             telemetry.LIVE.set(len(self._sessions))
             telemetry.BODY_BYTES.set(self.bodies.held)
             telemetry.publish()
+
+    def _lag_alarm(self, lag: float, now: float) -> None:
+        """Something kept this worker from every stream. Counted each time, told once in `LAG_LINE_S`."""
+        telemetry.LOOP_LATE.inc()
+        if now >= self._lag_told + LAG_LINE_S:
+            self._lag_told = now
+            telemetry.log.warning("the event loop was late", lag_ms=int(lag * 1000), sessions=len(self._sessions))
 
     def _give_up_late(self, now: float) -> None:
         waiting = [(due, future) for due, future in self._late if not future.done()]

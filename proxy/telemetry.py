@@ -51,6 +51,7 @@ LEASES_LOST = Counter("tollgate_leases_lost_total", "Streams ended because their
 BODY_BYTES = Gauge(
     "tollgate_request_body_bytes", "Bytes of request bodies being read or in use.", multiprocess_mode="livesum"
 )
+LOOP_LATE = Counter("tollgate_loop_late_total", "Ticks of an event loop that came 0.25 s late or more.")
 LOOP_LAG = Gauge("tollgate_loop_lag_seconds", "How late the event loop's last tick was.", multiprocess_mode="livemax")
 
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from prometheus_client import REGISTRY
 
 from config.price import CompiledPrice
 from config.settings import Bounds, Metering
@@ -82,6 +83,18 @@ async def test_a_session_that_makes_the_tick_fail_is_ended_and_the_others_are_ti
     await until(lambda: good.ending is Ending.LEASE_LOST)  # the fence is the tick's to watch
     live.remove(bad)
     live.remove(good)
+
+
+async def test_a_loop_that_stands_still_raises_the_alarm(live: LiveSessions) -> None:
+    """Counted each time, told once in a while."""
+
+    def late() -> float:
+        return REGISTRY.get_sample_value("tollgate_loop_late_total") or 0.0
+
+    before = late()
+    for times in (1, 2):
+        time.sleep(0.6)  # what must never happen in a worker
+        await until(lambda times=times: late() >= before + times)
 
 
 async def test_a_drain_waits_for_a_call_that_is_being_admitted(live: LiveSessions) -> None:

@@ -15,6 +15,9 @@ from typing import Literal
 
 import msgspec
 
+from config import proxy_url
+from config.proxy_url import ProxyAddress
+
 SHIPPED = Path(__file__).with_name("tollgate.toml")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}")
 CALL_MS_WITH_REPLICAS = 500
@@ -115,6 +118,13 @@ class Provider(_Table, frozen=True):
     limit_field: Literal["max_tokens", "max_completion_tokens"] | None = None
     on_disconnect: Literal["cancel", "finish"] = "cancel"
     price_provider: str | None = None
+    http2: bool = False
+    proxy: str | None = None
+    proxy_url_env: str | None = None
+    proxy_env: bool = False
+
+    def __repr__(self) -> str:  # `proxy` may hold a password
+        return f"Provider(kind={self.kind!r}, base_url={self.base_url!r})"
 
 
 class Candidate(_Table, frozen=True):
@@ -294,6 +304,10 @@ def _check_provider(name: str, provider: Provider, path: Path) -> None:
         raise ConfigError(
             f"{path}: providers.{name}.base_url: plain http to {host}. Use https, or set insecure = true to accept it."
         )
+    try:
+        proxy_url.check(provider)
+    except ValueError as error:
+        raise ConfigError(f"{path}: providers.{name}.{error}") from None
 
 
 class Secrets(msgspec.Struct, frozen=True):
@@ -303,6 +317,7 @@ class Secrets(msgspec.Struct, frozen=True):
     database_url: str | None
     secret: str | None
     provider_keys: dict[str, str]
+    proxies: dict[str, ProxyAddress] = {}
 
     def __repr__(self) -> str:
         return f"Secrets(provider_keys={sorted(self.provider_keys)})"
@@ -328,6 +343,13 @@ def read_secrets(settings: Settings, environ: Mapping[str, str]) -> Secrets:
                 f"providers.{name}.api_key_env: the environment has no {provider.api_key_env}. "
                 "Set it, or remove the provider."
             )
+    proxies: dict[str, ProxyAddress] = {}
+    for name, provider in settings.providers.items():
+        try:
+            if (proxy := proxy_url.configured(provider, environ)) is not None:
+                proxies[name] = proxy
+        except ValueError as error:
+            raise ConfigError(f"providers.{name}.{error}") from None
     redis_url, database_url = environ.get("REDIS_URL") or None, environ.get("DATABASE_URL") or None
     secret = environ.get("TOLLGATE_SECRET") or None
     if (redis_url or database_url) and secret is None:
@@ -337,7 +359,7 @@ def read_secrets(settings: Settings, environ: Mapping[str, str]) -> Secrets:
         )
     if secret is not None and len(secret) < 16:
         raise ConfigError("TOLLGATE_SECRET is too short: use 32 or more random characters.")
-    return Secrets(redis_url=redis_url, database_url=database_url, secret=secret, provider_keys=keys)
+    return Secrets(redis_url, database_url, secret, keys, proxies)
 
 
 _LISTEN = re.compile(r"(?P<host>[A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+\]):(?P<port>[0-9]{1,5})")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 from urllib.parse import urlsplit
 
 from config.catalog import Catalog, PricedCandidate, PricedRoute
@@ -14,13 +15,21 @@ from config.price import CompiledPrice
 from config.settings import Provider, Secrets, Settings
 from metering.pricing import HoldRates, TokenUsage, cost, hold_rates
 from metering.token_counter import encoding_name
-from providers.codec import Upstream
+from providers.codec import Upstream, UpstreamRequest
+from proxy.exchange import Deadlines, Exchange
 from proxy.http_request import Origin
+
+
+class Pool(Protocol):
+    """A way of its own to one provider."""
+
+    def open(self, out: UpstreamRequest, deadlines: Deadlines) -> Exchange: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One provider and model that may answer a route. `cost` is what the house pays, where known."""
+    """One provider and model that may answer a route. `cost` is what the house pays, where known; `pool` the way to a
+    provider with HTTP/2 or a proxy, None for the worker's own transport."""
 
     upstream: Upstream
     origin: Origin
@@ -29,6 +38,7 @@ class Candidate:
     cost: CompiledPrice | None
     encoding: str
     finish_on_disconnect: bool
+    pool: Pool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +70,21 @@ class Route:
 
 
 def build_routes(
-    settings: Settings, secrets: Secrets, catalog: Catalog, base_urls: Mapping[str, str]
+    settings: Settings,
+    secrets: Secrets,
+    catalog: Catalog,
+    base_urls: Mapping[str, str],
+    pools: Mapping[str, Pool] | None = None,
 ) -> dict[str, Route]:
-    """All routes of the catalog. `base_urls` replaces addresses of providers that the supervisor started itself."""
+    """All routes of the catalog. `base_urls` replaces addresses of providers that the supervisor started itself;
+    `pools` are the providers' own ways."""
     made: dict[str, tuple[Upstream, Origin]] = {}
     for name, provider in settings.providers.items():
         base_url = base_urls.get(name, provider.base_url)
         made[name] = _upstream(name, provider, base_url, secrets.provider_keys.get(name)), Origin.from_url(base_url)
     routes = {}
     for name, entry in catalog.routes.items():
-        candidates = tuple(_candidate(settings, made, each) for each in entry.candidates)
+        candidates = tuple(_candidate(settings, made, each, pools or {}) for each in entry.candidates)
         routes[name] = _route(name, candidates, entry)
     return routes
 
@@ -90,7 +105,12 @@ def _upstream(name: str, provider: Provider, base_url: str, key: str | None) -> 
     )
 
 
-def _candidate(settings: Settings, made: Mapping[str, tuple[Upstream, Origin]], entry: PricedCandidate) -> Candidate:
+def _candidate(
+    settings: Settings,
+    made: Mapping[str, tuple[Upstream, Origin]],
+    entry: PricedCandidate,
+    pools: Mapping[str, Pool],
+) -> Candidate:
     upstream, origin = made[entry.provider]
     return Candidate(
         upstream=upstream,
@@ -100,4 +120,5 @@ def _candidate(settings: Settings, made: Mapping[str, tuple[Upstream, Origin]], 
         cost=entry.cost,
         encoding=encoding_name(entry.model),
         finish_on_disconnect=settings.providers[entry.provider].on_disconnect == "finish",
+        pool=pools.get(entry.provider),
     )

@@ -5,7 +5,6 @@ Must not: write to the client or settle. What an attempt cost and how it ended i
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import msgspec
@@ -31,7 +30,7 @@ from proxy.errors import (
     UpstreamUnreachable,
 )
 from proxy.http_request import build_request
-from proxy.live_session import Attempt, LiveSession, boot_ms
+from proxy.live_session import Attempt, LiveSession
 from proxy.request import ChatRequest
 from proxy.session import Ending, Phase
 from proxy.transport import Exchange, Transport
@@ -121,7 +120,7 @@ class Upstreams:
             session.content_due = None
             if attempt.outcome == "running" and session.ending is not None:
                 attempt.close(session.ending, exchange.status or None)
-        session.first_content_at = time.monotonic()
+        session.first_content_at = session.clock.monotonic()
         session.advance(Phase.CONTENT)
         return Opened(candidate, codec, exchange, events)
 
@@ -137,13 +136,13 @@ class Upstreams:
                 raise failure_error(answer)
         except (TransportError, CallError) as error:
             raise self._failed(session, attempt, error) from None
-        if session.ending is None and boot_ms() >= session.fence_ms:
+        if session.ending is None and session.clock.boot_ms() >= session.fence_ms:
             session.end(Ending.LEASE_LOST, LeaseLost())
             attempt.close(Ending.LEASE_LOST, exchange.status)
             raise SessionEnded  # the sweeper may have settled it: nothing of the answer may reach the client
         exchange.release()
         session.exchange = None
-        session.first_content_at = time.monotonic()
+        session.first_content_at = session.clock.monotonic()
         session.advance(Phase.CONTENT)
         attempt.close("completed", exchange.status)
         telemetry.count(telemetry.ATTEMPTS, 1, candidate.upstream.name, "completed")
@@ -182,11 +181,13 @@ class Upstreams:
         session.output_most = None if limit is None else LIMIT_SLACK * limit * request.choices + LIMIT_SLACK_TOKENS
         attempt = Attempt(candidate.upstream.name, candidate.model)
         session.attempts.append(attempt)
-        exchange = self._transport.open(
-            candidate.origin,
-            build_request(out.method, out.target, candidate.origin, out.headers, out.body, out.own),
-            self._stream_deadlines if request.stream else self._whole_deadlines,
-        )
+        deadlines = self._stream_deadlines if request.stream else self._whole_deadlines
+        if candidate.pool is None:
+            origin = candidate.origin
+            raw = build_request(out.method, out.target, origin, out.headers, out.body, out.own)
+            exchange = self._transport.open(origin, raw, deadlines)
+        else:
+            exchange = candidate.pool.open(out, deadlines)
         session.exchange = exchange
         session.request_sent = False
         session.advance(Phase.SENT)
@@ -199,7 +200,7 @@ class Upstreams:
             return  # a whole answer shows no content before its end; the idle and total bounds watch it
         hidden = call.route.hidden_reasoning
         bound_ms = self._bounds.first_content_hidden_ms if hidden else self._bounds.first_content_ms
-        session.content_due = time.monotonic() + bound_ms / 1000
+        session.content_due = session.clock.monotonic() + bound_ms / 1000
 
     async def _expect_success(self, codec: OpenAICodec, exchange: Exchange) -> None:
         await exchange.head()

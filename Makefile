@@ -30,6 +30,8 @@ include make/real.mk
 include make/bench.mk
 include make/load.mk
 include make/peers.mk
+include make/chaos.mk
+include make/proof.mk
 
 clean:  ## remove .venv and caches (data folders stay)
 	rm -rf $(VENV) .venv-real .venv-bench .venv-peers .venv-lock .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis *.egg-info

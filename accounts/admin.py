@@ -1,6 +1,7 @@
 """Making and ending accounts and keys: Postgres is the record, Redis gets what the gateways read.
 
-Must not: run on a request's path, store or print a key's text, or touch credit (that is `metering.grants`).
+Must not: run on a request's path, store or print a key's text, or touch credit and policies (`metering.grants`,
+`metering.policies`).
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from accounts import keys
 from accounts.key_lookup import read_record
 from accounts.key_store import CHANNEL, PEPPER_KEY, KeyRecord, decode_record, encode_record, record_key
 from storage.database import FAILED, Pool
-from storage.redis_client import RedisClient, RedisError
+from storage.redis_client import RedisError
+from storage.redis_open import Redis
 
 log = logging.getLogger(__name__)
 
 SHARD_COUNT = 128
 NAME_CHARS_MAX = 200
 LIMIT_MAX = 1_000_000
+_ACCOUNT = "id, name, shard, created_at, policy, credit_limit"
 _KEY_ID = re.compile(r"[0-9A-Za-z]{8}")
 
 
@@ -55,12 +58,15 @@ class HalfRevoked(AccountsError):
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Who pays. `shard` (0..127) is where it lives in Redis."""
+    """Who pays. `shard` (0..127) is where it lives in Redis; `policy` (cutoff, grace, postpaid) with `credit_limit` in
+    micros says what it may do when its grants are used up."""
 
     id: str
     name: str
     shard: int
     created_at: datetime
+    policy: str
+    credit_limit: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +87,7 @@ async def create_account(pool: Pool, name: str) -> Account:
     """A new account with a minted id. Raises InvalidInput, storage.database.FAILED."""
     account_id = f"acct_{keys.random_base62(16)}"
     row = await pool.fetchrow(
-        "INSERT INTO account (id, name, shard) VALUES ($1, $2, $3) RETURNING id, name, shard, created_at",
+        f"INSERT INTO account (id, name, shard) VALUES ($1, $2, $3) RETURNING {_ACCOUNT}",  # noqa: S608
         account_id, _checked_name(name), crc32(account_id.encode()) % SHARD_COUNT,
     )  # fmt: skip
     return Account(*row)
@@ -90,7 +96,7 @@ async def create_account(pool: Pool, name: str) -> Account:
 async def find_account(pool: Pool, id_or_name: str) -> Account:
     """An account by its id, else by its name. Raises UnknownAccount, AmbiguousAccount, storage.database.FAILED."""
     rows = await pool.fetch(
-        "SELECT id, name, shard, created_at FROM account WHERE id = $1 OR name = $1 ORDER BY id = $1 DESC LIMIT 2",
+        f"SELECT {_ACCOUNT} FROM account WHERE id = $1 OR name = $1 ORDER BY id = $1 DESC LIMIT 2",  # noqa: S608
         _storable(id_or_name),
     )
     if not rows:
@@ -103,14 +109,15 @@ async def find_account(pool: Pool, id_or_name: str) -> Account:
 async def list_accounts(pool: Pool, limit: int = 1_000) -> list[Account]:
     """The newest accounts first."""
     rows = await pool.fetch(
-        "SELECT id, name, shard, created_at FROM account ORDER BY created_at DESC, id LIMIT $1", limit
+        f"SELECT {_ACCOUNT} FROM account ORDER BY created_at DESC, id LIMIT $1",  # noqa: S608
+        limit,
     )
     return [Account(*row) for row in rows]
 
 
 async def create_key(
     pool: Pool,
-    redis: RedisClient,
+    redis: Redis,
     pepper: bytes,
     account: Account,
     name: str,
@@ -160,7 +167,7 @@ async def list_keys(pool: Pool, account: Account | None = None, limit: int = 1_0
     return [KeyInfo(*row) for row in rows]
 
 
-async def revoke_key(pool: Pool, redis: RedisClient, key_id: str) -> bool:
+async def revoke_key(pool: Pool, redis: Redis, key_id: str) -> bool:
     """Refuse a key from now on, everywhere: Redis first, then the caches, then Postgres. False: it was revoked before.
 
     Raises UnknownKeyId, HalfRevoked (repeat later), storage.redis_client.RedisError (nothing was revoked).
@@ -179,7 +186,7 @@ async def revoke_key(pool: Pool, redis: RedisClient, key_id: str) -> bool:
     return changed != "UPDATE 0"
 
 
-async def _known_record(pool: Pool, redis: RedisClient, key_id: str) -> KeyRecord:
+async def _known_record(pool: Pool, redis: Redis, key_id: str) -> KeyRecord:
     raw = await redis.call("GET", record_key(key_id))
     record: KeyRecord | None = None
     if raw is not None:
@@ -191,7 +198,7 @@ async def _known_record(pool: Pool, redis: RedisClient, key_id: str) -> KeyRecor
     return record
 
 
-async def check_pepper(pool: Pool, redis: RedisClient, pepper: bytes) -> int:
+async def check_pepper(pool: Pool, redis: Redis, pepper: bytes) -> int:
     """How many keys in force were made with another secret, and are therefore refused now; 0 is the healthy answer.
 
     Remembers the fingerprint in Redis when it is the only one in use. Raises storage.database.FAILED, RedisError.

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import msgspec
 
 from accounts.keys import KeysUnavailable, PresentedKey, RevokedKey, UnknownKey, mac_of, parse
-from storage.redis_client import RedisClient, RedisError, RedisReplyError, Subscription
+from storage.redis_client import RedisError, RedisReplyError
+from storage.redis_open import Listening, Redis
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ class KeyStore:
 
     def __init__(
         self,
-        redis: RedisClient,
+        redis: Redis,
         lookup_in_postgres: Lookup | None,
         pepper: bytes,
         pepper_fingerprint: str,
@@ -106,7 +107,7 @@ class KeyStore:
         self._cache: OrderedDict[bytes, tuple[float, Principal]] = OrderedDict()
         self._digests: dict[str, bytes] = {}  # key id -> its entry in the cache
         self._purges = 0
-        self._subscription: Subscription | None = None
+        self._subscription: Listening | None = None
 
     async def start(self) -> None:
         """Listen for revocations."""

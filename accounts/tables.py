@@ -6,6 +6,7 @@ Must not: hold balances (the journal's rows do) or query anything.
 from __future__ import annotations
 
 from sqlalchemy import (
+    BigInteger,
     CheckConstraint,
     Column,
     DateTime,
@@ -17,6 +18,7 @@ from sqlalchemy import (
     Table,
     Text,
     func,
+    text,
 )
 
 from storage.base import METADATA
@@ -28,10 +30,22 @@ ACCOUNT = Table(
     Column("name", Text, nullable=False),
     Column("shard", SmallInteger, nullable=False),
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("policy", Text, nullable=False, server_default=text("'cutoff'")),
+    Column("credit_limit", BigInteger, nullable=False, server_default=text("0")),
+    Column("policy_revision", BigInteger, nullable=False, server_default=text("0")),
+    Column("policy_applied", BigInteger, nullable=False, server_default=text("0")),
     CheckConstraint("shard BETWEEN 0 AND 127", name="shard_known"),
+    CheckConstraint("policy IN ('cutoff', 'grace', 'postpaid')", name="policy_known"),
+    CheckConstraint(
+        "credit_limit BETWEEN 0 AND 9007199254740991 AND (policy <> 'cutoff' OR credit_limit = 0)",
+        name="credit_limit_fits",
+    ),
+    Index("ix_account_policy_pending", "id", postgresql_where=text("policy_applied < policy_revision")),
     CheckConstraint("id ~ '^[A-Za-z0-9_-]{1,64}$'", name="id_form"),
 )
-"""Who pays. `shard` is fixed at creation (crc32(id) % 128) and says where the account lives in Redis."""
+"""Who pays. `shard` is fixed at creation (crc32(id) % 128) and says where the account lives in Redis. `policy` and
+`credit_limit` (micros of debt) are what revision `policy_revision` says; the journal notes in `policy_applied` which
+revision is in force."""
 
 API_KEY = Table(
     "api_key",

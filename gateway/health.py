@@ -17,12 +17,14 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from config.settings import Metering
-from metering.keys import SHARDS
-from metering.server_check import replicas_word
+from metering.keys import SHARD_COUNT, SHARDS
+from metering.ledger_calls import FROZEN
+from metering.server_check import replicas_word, verified
 from metering.status import STATUS_KEY, JournalReport, decode_report
 from proxy.live_sessions import LiveSessions
 from storage.database import FAILED, Connection, connect
-from storage.redis_client import RedisClient, RedisError
+from storage.redis_client import RedisError
+from storage.redis_open import Redis
 
 CHECK_S = 2.0
 EVERY_S = 1.0
@@ -44,7 +46,7 @@ class Readiness:
 class Health:
     """The health of one worker."""
 
-    def __init__(self, redis: RedisClient, database_url: str, live: LiveSessions, metering: Metering) -> None:
+    def __init__(self, redis: Redis, database_url: str, live: LiveSessions, metering: Metering) -> None:
         self._redis = redis
         self._database_url = database_url
         self._live = live
@@ -99,7 +101,8 @@ class Health:
 
     async def _check_redis(self) -> None:
         try:
-            epoch = await self._redis.call("HGET", SHARDS[0].meta, "ep")
+            epoch, closed = await self._redis.call("HMGET", SHARDS[0].meta, "ep", "fz")
+            usable = epoch not in (None, FROZEN) and closed is None and await verified(self._redis)
             raw = await self._redis.call("GET", STATUS_KEY)
             if self.replicas:
                 self._parts["replicas"] = await replicas_word(self._redis, self.replicas)
@@ -108,8 +111,12 @@ class Health:
             self._parts |= {"replicas": "unknown"} if self.replicas else {}
             return
         fit = "ok" if self.old_server is None else f"degraded: {self.old_server} is too old"
-        redis = fit if epoch is not None else "frozen"
-        self._parts |= {"redis": redis, "journal": self._journal_word(decode_report(raw))}
+        fit = fit if self._redis.connected else "degraded: a primary is not connected"
+        report = decode_report(raw)
+        frozen = report.frozen_shards if report is not None else 0
+        if 0 < frozen < SHARD_COUNT:
+            fit = f"degraded: {frozen} shards frozen"
+        self._parts |= {"redis": fit if usable else "frozen", "journal": self._journal_word(report)}
 
     async def _check_postgres(self) -> None:
         """One query, on a connection that is kept: a new one a second would be work for the server."""

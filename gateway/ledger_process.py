@@ -1,4 +1,5 @@
-"""The ledger process: flusher, sweeper, pending grants and the journal's published state. One per instance.
+"""The ledger process: flusher, sweeper, expirer, pending grants and changes, the journal's published state. One per
+instance.
 
 Must not: serve clients. It may be killed at any moment: everything it does is resumed by the next one.
 """
@@ -18,15 +19,19 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from config import logs, run, settings
 from gateway.children import tell_ready, watch_parent
+from gateway.recovering import FROZEN, watch
 from gateway.settling import open_settling
-from metering import grants
+from metering import grant_changes, grants, policies
+from metering.expirer import Expirer
 from metering.journal import Alarm, Flusher
-from metering.ledger import Swept
+from metering.ledger import Expired, Swept
+from metering.recovery import Recovery
 from metering.redis_ledger import RedisLedger
 from metering.status import STATUS_KEY, STATUS_TTL_S, JournalReport
 from metering.sweeper import Sweeper
 from storage.database import FAILED, connect_pool
-from storage.redis_client import RedisClient, RedisError
+from storage.redis_client import RedisError
+from storage.redis_open import Redis, open_redis, servers
 
 log = structlog.get_logger()
 
@@ -45,6 +50,8 @@ STOPPED = Gauge(
 )
 DELIVERED = Counter("tollgate_journal_entries_total", "Journal entries written to Postgres.")
 SWEPT = Counter("tollgate_swept_sessions_total", "Sessions settled on behalf of a dead owner.")
+EXPIRED = Counter("tollgate_expired_grants_total", "Grants that expired with credit left.")
+EXPIRED_MICROS = Counter("tollgate_expired_micros_total", "Credit that expired while nobody held it.")
 ALARMS = Counter("tollgate_journal_alarms_total", "Alarms of the journal, by kind.", ["kind"])
 
 
@@ -58,37 +65,48 @@ def _swept(one: Swept) -> None:
     log.warning("session swept", session=one.session, account=one.account.id, charged_micros=one.charged)
 
 
+def _expired(one: Expired) -> None:
+    EXPIRED.inc()
+    EXPIRED_MICROS.inc(one.amount)
+    log.info("grant expired", grant=one.grant, account=one.account.id, expired_micros=one.amount)
+
+
 async def serve() -> None:
     """Run until SIGTERM or until the supervisor is gone; then flush what is there, within a bound."""
     this_run = run.read_run()
     config = settings.with_metrics_listen(settings.load(Path(this_run.config_path)), os.environ)
     logs.configure(config.server.log_level, "ledger")
-    redis = RedisClient(
+    redis = await open_redis(
         this_run.redis_url,
         call_ms=config.redis.call_ms,
         connect_ms=config.redis.connect_ms,
         pending_max=config.redis.pending_max,
     )
-    await redis.start()
     settling = await open_settling(this_run.redis_url, config.redis)
     ledger = RedisLedger(redis, lease_ms=config.metering.lease_ms, settling=settling)
     await ledger.start()
+    recovery = watch(redis, this_run.database_url, config.metering.lease_ms)
     flusher = Flusher(
         redis,
         this_run.database_url,
+        fit=recovery.fit,
         batch_max=config.metering.flush_batch_max,
         every_ms=config.metering.flush_every_ms,
         on_alarm=_alarm,
     )
+    recovery.stopped = flusher.stopped
     sweeper = Sweeper(ledger, every_ms=config.metering.sweep_every_ms, on_swept=_swept)
+    expirer = Expirer(ledger, every_ms=config.metering.sweep_every_ms, on_expired=_expired)
     if not settings.is_loopback(this_run.host):
         _serve_metrics(config.server.metrics_listen)
     jobs: list[asyncio.Task[None]] = [
         asyncio.create_task(job)
         for job in (
+            recovery.run(),
             flusher.run(),
             sweeper.run(),
-            _publish(redis, flusher),
+            expirer.run(),
+            _publish(redis, flusher, recovery),
             _apply_grants(this_run.database_url, ledger),
         )
     ]
@@ -117,7 +135,7 @@ async def _until_asked(jobs: list[asyncio.Task[None]]) -> None:
             await job  # a job never ends by itself: let its error end the process, the supervisor starts it again
 
 
-async def _publish(redis: RedisClient, flusher: Flusher) -> None:
+async def _publish(redis: Redis, flusher: Flusher, recovery: Recovery) -> None:
     """Tell the workers and the metrics how the journal stands."""
     delivered = 0
     while True:
@@ -128,6 +146,7 @@ async def _publish(redis: RedisClient, flusher: Flusher) -> None:
         AGE.set(status.oldest_age_ms / 1000)
         DEAD.set(status.dead)
         STOPPED.set(len(status.stopped_shards))
+        FROZEN.set(recovery.frozen)
         try:
             report = JournalReport(
                 entries_behind=status.entries_behind,
@@ -135,6 +154,7 @@ async def _publish(redis: RedisClient, flusher: Flusher) -> None:
                 dead=status.dead,
                 stopped_shards=len(status.stopped_shards),
                 memory_percent=await _memory_percent(redis),
+                frozen_shards=recovery.frozen,
             )
             await redis.call("SET", STATUS_KEY, msgspec.json.encode(report), "EX", STATUS_TTL_S)
         except RedisError:
@@ -142,24 +162,29 @@ async def _publish(redis: RedisClient, flusher: Flusher) -> None:
         await asyncio.sleep(STATUS_EVERY_S)
 
 
-async def _memory_percent(redis: RedisClient) -> int:
-    """Memory in use, in percent of maxmemory; 0 where no maximum is set."""
-    info = await redis.call("INFO", "memory")
-    fields = dict(line.split(b":", 1) for line in info.splitlines() if b":" in line)
+async def _memory_percent(redis: Redis) -> int:
+    """Memory in use, in percent of maxmemory; 0 where no maximum is set. Of several servers the fullest counts."""
+    infos = await asyncio.gather(*(server.call("INFO", "memory") for server in servers(redis)))
+    return max(_percent(dict(line.split(b":", 1) for line in info.splitlines() if b":" in line)) for info in infos)
+
+
+def _percent(fields: dict[bytes, bytes]) -> int:
     most = int(fields.get(b"maxmemory", b"0"))
     return int(fields[b"used_memory"]) * 100 // most if most else 0
 
 
 async def _apply_grants(database_url: str, ledger: RedisLedger) -> None:
-    """Grants written to Postgres whose way to Redis was cut, and those that become effective now."""
+    """Grants and changes written to Postgres whose way to Redis was cut, and grants that become effective now."""
     pool = None
     while True:
         try:
             if pool is None:
                 pool = await connect_pool(database_url)
             await grants.apply_pending(pool, ledger)
+            await grant_changes.apply_pending(pool, ledger)
+            await policies.apply_pending(pool, ledger)
         except FAILED:
-            log.warning("pending grants could not be read: postgres is unavailable")
+            log.warning("pending grants and changes could not be read: postgres is unavailable")
         await asyncio.sleep(GRANTS_EVERY_S)
 
 

@@ -22,10 +22,12 @@ from gateway.app import Front, create_app
 from gateway.health import Health
 from gateway.settling import open_settling
 from metering.ranks import encoding
+from metering.receipts import Keeper
 from metering.redis_ledger import RedisLedger
 from metering.server_check import inspect
 from proxy.admission import Admission
 from proxy.candidates import Route, build_routes
+from proxy.httpx_upstreams import open_pools
 from proxy.live_sessions import LiveSessions
 from proxy.relay import StreamRelay
 from proxy.routes import DataPlane
@@ -33,7 +35,7 @@ from proxy.settlement import Settler
 from proxy.transport import Transport, TransportLimits
 from proxy.upstream import Upstreams
 from proxy.whole_relay import WholeRelay
-from storage.redis_client import RedisClient
+from storage.redis_open import open_redis
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +51,20 @@ class Worker:
 async def open_worker(run: Run, settings: Settings, secrets: Secrets, pepper: bytes) -> AsyncIterator[Worker]:
     """Open every part. Raises ConfigError, RedisUnavailable, LedgerUnavailable."""
     catalog = catalogs.read(Path(run.catalog_path))
-    routes = build_routes(settings, secrets, catalog, run.simulated)
+    limits = _limits(settings.bounds)
+    pools = open_pools(settings, secrets, run.simulated, limits)
+    routes = build_routes(settings, secrets, catalog, run.simulated, pools)
     for name in {each.encoding for route in routes.values() for each in route.candidates}:
         encoding(name)  # loaded before the first request, not in it
     async with AsyncExitStack() as stack:
-        redis = RedisClient(
+        for pool in pools.values():
+            stack.push_async_callback(pool.aclose)
+        redis = await open_redis(
             run.redis_url,
             call_ms=settings.redis.call_ms,
             connect_ms=settings.redis.connect_ms,
             pending_max=settings.redis.pending_max,
         )
-        await redis.start()
         stack.push_async_callback(redis.aclose)
         settling = await open_settling(run.redis_url, settings.redis)
         if settling is not None:
@@ -71,11 +76,16 @@ async def open_worker(run: Run, settings: Settings, secrets: Secrets, pepper: by
         keys = KeyStore(redis, lookup, pepper, fingerprint(pepper))
         await keys.start()
         stack.push_async_callback(keys.aclose)
-        transport = Transport(_limits(settings.bounds))
+        transport = Transport(limits)
         stack.push_async_callback(transport.aclose)
         live = LiveSessions(ledger, settings.metering, settings.bounds)
         live.start()
-        plane = _plane(settings, routes, catalog.version, (ledger, live, keys, transport))
+        settler = Settler(ledger, live, catalog.version, settings.bounds.settle_reply_ms)
+        owner = f"{os.getpid()}-{os.urandom(4).hex()}"
+        keeper = Keeper(redis, run.database_url, settler.receipts, live.holds, owner)
+        keeper.start()
+        stack.push_async_callback(keeper.aclose)
+        plane = _plane(settings, routes, catalog.version, (ledger, live, keys, transport), (settler, owner))
         stack.push_async_callback(plane.aclose)
         health = Health(redis, run.database_url, live, settings.metering)
         health.old_server = (await inspect(redis)).old
@@ -89,15 +99,15 @@ def _plane(
     routes: dict[str, Route],
     price_version: str,
     parts: tuple[RedisLedger, LiveSessions, KeyStore, Transport],
+    settling: tuple[Settler, str],
 ) -> DataPlane:
     ledger, live, keys, transport = parts
     bounds, metering = settings.bounds, settings.metering
 
     upstreams = Upstreams(transport, bounds, live.confirm)
-    settler = Settler(ledger, live, price_version, bounds.settle_reply_ms)
+    settler, owner = settling
     stream_relay = StreamRelay(upstreams, live, settler, bounds, errors.sse_payload)
     relays = stream_relay, WholeRelay(upstreams, settler, bounds), settler
-    owner = f"{os.getpid()}-{os.urandom(4).hex()}"
     admission = Admission(ledger, live, routes, price_version, owner, (metering, bounds))
     return DataPlane(keys, admission, live, relays, routes, bounds)
 

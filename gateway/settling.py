@@ -11,6 +11,9 @@ import structlog
 from prometheus_client import Counter
 
 from config.settings import Redis
+from metering.keys import mark_beside
+from storage.redis_cluster import ClusterClient
+from storage.redis_open import open_replicated
 from storage.redis_replicated import ReplicatedClient
 
 log = structlog.get_logger()
@@ -38,16 +41,15 @@ class Unconfirmed:
             self._next_at = now + WARN_EVERY_S
 
 
-async def open_settling(url: str, redis: Redis) -> ReplicatedClient | None:
+async def open_settling(url: str, redis: Redis) -> ReplicatedClient | ClusterClient | None:
     """The connected client; None where the configuration names no replica. Raises RedisUnavailable, RedisReplyError."""
     if not redis.replicas:
         return None
-    client = ReplicatedClient(
+    return await open_replicated(
         url,
         call_ms=redis.call_ms,
         connect_ms=redis.connect_ms,
         pending_max=redis.pending_max,
         on_unconfirmed=Unconfirmed(),
+        mark_beside=mark_beside,
     )
-    await client.start()
-    return client

@@ -10,12 +10,14 @@ from collections.abc import Sequence
 
 from metering.journal_store import open_cursors, shards_without_journal
 from metering.keys import SHARDS
+from metering.ledger_calls import FROZEN
+from metering.recovery import Recovery
 from metering.redis_ledger import RedisLedger
 from storage.database import Pool
-from storage.redis_client import RedisClient
+from storage.redis_open import Redis
 
 
-async def ensure_shards(redis: RedisClient, ledger: RedisLedger, pool: Pool) -> Sequence[int]:
+async def ensure_shards(redis: Redis, ledger: RedisLedger, pool: Pool) -> Sequence[int]:
     """Create what may be created, in Redis and as journal cursors. Returns the shards that are missing in Redis though
     the journal knows them.
 
@@ -25,7 +27,9 @@ async def ensure_shards(redis: RedisClient, ledger: RedisLedger, pool: Pool) -> 
     fresh = await shards_without_journal(pool)
     await ledger.init_shards(sorted(fresh))
     await open_cursors(pool, fresh)
+    recovery = Recovery(redis, "", pool=pool)
+    if not (await recovery.look()).verified:  # a server that was started since it was compared with the journal
+        await recovery.recover(rebuild=False)
     await ledger.start()
-    known = [shard for shard in SHARDS if shard.number not in fresh]
-    found = await asyncio.gather(*(redis.call("EXISTS", shard.meta) for shard in known))
-    return [shard.number for shard, exists in zip(known, found, strict=True) if not exists]
+    epochs = await asyncio.gather(*(redis.call("HGET", shard.meta, "ep") for shard in SHARDS))
+    return [shard.number for shard, epoch in zip(SHARDS, epochs, strict=True) if epoch in (None, FROZEN)]

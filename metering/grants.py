@@ -33,6 +33,14 @@ _MS = timedelta(milliseconds=1)
 _FIELDS = "grant_.id, grant_.account_id, amount, priority, effective_at, expires_at, grant_.created_at, notes, shard"
 
 
+_REFUSALS: Mapping[str, str] = {
+    "full": "64 grants are open",
+    "conflict": "Redis has another grant of this id",
+    "revoked": "it was revoked before it came",
+    "bounds": "out of bounds",
+}
+
+
 class GrantingLedger(Protocol):
     """The part of the ledger that grants need."""
 
@@ -59,10 +67,10 @@ class NewGrant:
 
 @dataclass(frozen=True, slots=True)
 class Issued:
-    """The grant is written. `applied`: usable now; `waiting`: it will be, `reason` says for what."""
+    """The grant is written. `applied`: in force; `waiting`: it will be, `reason` says for what; `revoked`: never."""
 
     id: str
-    state: Literal["applied", "waiting"]
+    state: Literal["applied", "waiting", "revoked"]
     reason: str = ""
     available: int | None = None
 
@@ -73,6 +81,20 @@ class Applied:
 
     count: int = 0
     waiting: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A grant as it was written. What became of it is the ledger's to say."""
+
+    id: str
+    amount: int
+    priority: int
+    effective_at: datetime
+    expires_at: datetime | None
+    created_at: datetime
+    notes: str
+    revoked_at: datetime | None
 
 
 def to_ms(moment: datetime) -> int:
@@ -101,7 +123,8 @@ async def apply_pending(pool: Pool, ledger: GrantingLedger) -> Applied:
     while True:
         rows = await pool.fetch(
             f"SELECT {_FIELDS} FROM grant_ JOIN account ON account.id = account_id "  # noqa: S608
-            "WHERE applied_n IS NULL AND effective_at <= now() AND grant_.id > $1 ORDER BY grant_.id LIMIT $2",
+            "WHERE applied_n IS NULL AND effective_at <= now() AND grant_.id > $1 "
+            "AND NOT EXISTS (SELECT FROM revocation WHERE grant_id = grant_.id) ORDER BY grant_.id LIMIT $2",
             after,
             PAGE,
         )
@@ -116,9 +139,25 @@ async def apply_pending(pool: Pool, ledger: GrantingLedger) -> Applied:
         after = rows[-1]["id"]
 
 
-def _check(grant: NewGrant) -> None:
-    if not _ID.fullmatch(grant.id):
+async def listed(pool: Pool, account: str) -> list[Listed]:
+    """All grants of an account, the newest first. Raises `storage.database.FAILED`."""
+    rows = await pool.fetch(
+        "SELECT grant_.id, amount, priority, effective_at, expires_at, grant_.created_at, grant_.notes, "
+        "revocation.created_at FROM grant_ LEFT JOIN revocation ON grant_id = grant_.id WHERE account_id = $1 "
+        "ORDER BY grant_.created_at DESC, grant_.id",
+        account,
+    )
+    return [Listed(*row) for row in rows]
+
+
+def check_id(value: str) -> None:
+    """Raise GrantError unless the text may stand for a grant or for a change of one."""
+    if not _ID.fullmatch(value):
         raise GrantError("id: 1 to 64 letters, digits, '-' and '_'.")
+
+
+def _check(grant: NewGrant) -> None:
+    check_id(grant.id)
     if not 0 < grant.amount <= MICROS_MAX:
         raise GrantError(f"amount: {grant.amount} micros is not between 1 and {MICROS_MAX}.")
     if not 0 <= grant.priority <= 99:
@@ -182,6 +221,5 @@ async def _apply(ledger: GrantingLedger, row: Any) -> Issued:
         return Issued(request.id, "waiting", f"Redis: {error}")
     if isinstance(answer, Granted):
         return Issued(request.id, "applied", available=answer.available)
-    reason = {"full": "64 grants are open", "conflict": "Redis has another grant of this id", "bounds": "out of bounds"}
-    log.warning("grant %s: %s", request.id, reason[answer.reason])
-    return Issued(request.id, "waiting", reason[answer.reason])
+    log.warning("grant %s: %s", request.id, _REFUSALS[answer.reason])
+    return Issued(request.id, "revoked" if answer.reason == "revoked" else "waiting", _REFUSALS[answer.reason])

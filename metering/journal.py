@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final, Literal, Protocol
 
 from metering import journal_store as store
 from metering import partitions
-from metering.journal_rows import Poison, Rows, entry_id, pairs, payload
+from metering.journal_fields import Poison
+from metering.journal_rows import Rows, entry_id, pairs, payload
 from metering.journal_store import Cursor, Divergence
 from metering.keys import SHARDS
 from storage.database import FAILED, REJECTED, Connection, connect
 from storage.redis_client import RedisError
+from storage.redis_cluster import ClusterClient
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +76,8 @@ class _Part:
 class Flusher:
     """One flusher. Several may run at once, also in other processes: cursor rows are locked with SKIP LOCKED.
 
-    `batch_max` bounds the entries of a transaction. `on_alarm` is called once per alarm and must not raise.
+    `batch_max` bounds the entries of a transaction. `on_alarm` is called once per alarm and must not raise. While `fit`
+    says that the server's contents are not verified nothing is read, or trimmed, or compared.
     """
 
     def __init__(
@@ -85,8 +88,12 @@ class Flusher:
         batch_max: int = 2_000,
         every_ms: int = 200,
         on_alarm: Callable[[Alarm], None] = lambda alarm: None,
+        shards: Collection[int] = range(len(SHARDS)),
+        fit: Callable[[], bool] = lambda: True,
     ) -> None:
         self._redis = redis
+        self._shards = frozenset(shards)
+        self._fit = fit
         self._url = database_url
         self._batch_max = self._limit = batch_max
         self._every_s = every_ms / 1000
@@ -97,6 +104,7 @@ class Flusher:
         self._turn = 0
         self._months: set[object] = set()
         self._stopped: dict[int, str] = {}
+        self._stopped_in: dict[int, int] = {}
         self._busy = asyncio.Lock()
         self.delivered = 0
         self.status = JournalStatus()
@@ -130,6 +138,10 @@ class Flusher:
             total += moved
             if moved == 0 and before == (self._cursors, self._limit, len(self._stopped)):
                 return total
+
+    def stopped(self) -> dict[int, tuple[int, str]]:
+        """The stopped shards: the epoch in which each was stopped, and why. It goes on by itself in a later one."""
+        return {shard: (self._stopped_in[shard], why) for shard, why in self._stopped.items()}
 
     async def aclose(self) -> None:
         """Give the connection back. `run` does so by itself."""
@@ -167,12 +179,14 @@ class Flusher:
 
     async def _read(self) -> list[_Part]:
         """Entries after the cursors as we know them; whether they still stand there is checked under the lock."""
-        at = {SHARDS[v].outbox.encode(): v for v in self._cursors if v not in self._stopped}
+        if not self._fit():
+            return []
+        at = {SHARDS[v].outbox.encode(): v for v in self._cursors if v in self._shards and v not in self._stopped}
         if not at:
             return []
         count = max(READ_LEAST, self._limit // max(1, self._pending))
         ids = [f"{self._cursors[v][0]}-{self._cursors[v][1]}" for v in at.values()]
-        streams = await self._redis.call("XREAD", "COUNT", count, "STREAMS", *at, *ids) or []
+        streams = await self._streams(count, at, ids)
         self._pending = len(streams)
         self._turn += 1
         turned = [streams[(self._turn + i) % len(streams)] for i in range(len(streams))]
@@ -184,6 +198,22 @@ class Flusher:
             left -= len(part.entries)
             parts.append(part)
         return parts
+
+    async def _streams(self, count: int, keys: Collection[str | bytes], ids: list[str]) -> list[Any]:
+        """One XREAD; in a cluster, where a command has keys of one slot only, one for each key, written together. What
+        some of its servers bring is not held up by the others: an error is raised when nothing came."""
+        if not isinstance(self._redis, ClusterClient):
+            return await self._redis.call("XREAD", "COUNT", count, "STREAMS", *keys, *ids) or []
+        calls = [self._redis.call("XREAD", "COUNT", count, "STREAMS", *pair) for pair in zip(keys, ids, strict=True)]
+        replies = await asyncio.gather(*calls, return_exceptions=True)
+        streams = [stream for reply in replies if isinstance(reply, list) for stream in reply]
+        failed = [reply for reply in replies if isinstance(reply, BaseException)]
+        for error in failed:
+            if not streams or not isinstance(error, RedisError):
+                raise error
+        if failed:
+            log.warning("journal: %d outboxes could not be read: %s", len(failed), failed[0])
+        return streams
 
     def _part(self, shard: int, entries: list[Any]) -> _Part:
         start = end = self._cursors[shard]
@@ -278,6 +308,7 @@ class Flusher:
     def _stop(self, alarm: Alarm) -> None:
         if alarm.shard not in self._stopped:
             self._stopped[alarm.shard] = f"{alarm.kind}: {alarm.detail}"
+            self._stopped_in[alarm.shard] = self._cursors.get(alarm.shard, (0, 0))[0]
             self._alarm(alarm)
 
     def _alarm(self, alarm: Alarm) -> None:
@@ -317,6 +348,11 @@ class Flusher:
         cursor = self._cursors.get(shard)
         if cursor is None:
             return int(n or 0)
+        if ep is not None and shard in self._stopped and self._stopped_in[shard] < cursor[0] == int(ep):
+            log.warning("journal: shard %d goes on in epoch %d", shard, cursor[0])
+            del self._stopped[shard]
+        if not self._fit() or (ep is not None and int(ep) < 0):
+            return 0  # a recovery is looking at it
         if ep is None:
             self._stop(Alarm("missing", shard, f"Redis has no journal, Postgres is at {cursor[0]}-{cursor[1]}"))
             return 0
@@ -333,7 +369,7 @@ class Flusher:
             return 0
         keys = [SHARDS[v].outbox for v in shards]
         ids = ["{}-{}".format(*self._cursors.get(v, (0, 0))) for v in shards]
-        streams = await self._redis.call("XREAD", "COUNT", 1, "STREAMS", *keys, *ids) or []
+        streams = await self._streams(1, keys, ids)
         moments = [int(fields.get(b"ts", b"0")) for _, entries in streams for fields in (pairs(entries[0][1]),)]
         seconds, micros = await self._redis.call("TIME")
         return max(0, int(seconds) * 1000 + int(micros) // 1000 - min(moments)) if moments else 0

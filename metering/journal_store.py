@@ -10,12 +10,13 @@ from datetime import date
 from itertools import chain
 from typing import Any
 
+from metering.journal_corrections import CORRECTION_COLUMNS
+from metering.journal_fields import Row
 from metering.journal_rows import (
     CONSUMPTION_COLUMNS,
     ENTRY_COLUMNS,
     POSTING_COLUMNS,
     SESSION_COLUMNS,
-    Row,
     Rows,
 )
 from storage.database import Connection, Pool
@@ -28,6 +29,7 @@ _TABLES: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
     "entry": (ENTRY_COLUMNS, ("shard", "ep", "n")),
     "posting": (POSTING_COLUMNS, ("shard", "ep", "n", "leg")),
     "consumption": (CONSUMPTION_COLUMNS, ("shard", "ep", "n", "grant_id")),
+    "correction": (CORRECTION_COLUMNS, ("shard", "ep", "n")),
 }
 _SUMS = (
     "sessions", "charged", "absorbed", "prompt_tokens", "cached_tokens", "cache_write_tokens", "output_tokens",
@@ -41,19 +43,28 @@ def _insert(table: str) -> str:
     return f"INSERT INTO {table} ({columns}) SELECT {columns} FROM new_{table} ON CONFLICT DO NOTHING"  # noqa: S608
 
 
-# The rollup counts only sessions that were new here: a repeat inserts nothing and so adds nothing.
-_INSERT_SESSIONS = f"""
-    WITH fresh AS ({_insert("session")}
-        RETURNING shard, account_id, ended_at, route, provider, model, {", ".join(_COUNTS)}
+def _insert_summed(table: str, ended: str, sessions: str) -> str:
+    """Insert, and add what was new here to the rollup: a repeat inserts nothing and so adds nothing. `ended` is the
+    column of a row's moment, `sessions` what a group of rows counts as."""
+    return f"""
+    WITH fresh AS ({_insert(table)}
+        RETURNING shard, account_id, {ended}, route, provider, model, {", ".join(_COUNTS)}
     ), summed AS (
         INSERT INTO usage_rollup AS kept (shard, account_id, day, route, provider, model, {", ".join(_SUMS)})
-        SELECT shard, account_id, (ended_at AT TIME ZONE 'UTC')::date, coalesce(route, ''), coalesce(provider, ''),
-            coalesce(model, ''), count(*), {", ".join(f"coalesce(sum({name}), 0)::bigint" for name in _COUNTS)}
+        SELECT shard, account_id, ({ended} AT TIME ZONE 'UTC')::date, coalesce(route, ''), coalesce(provider, ''),
+            coalesce(model, ''), {sessions}, {", ".join(f"coalesce(sum({name}), 0)::bigint" for name in _COUNTS)}
         FROM fresh GROUP BY 1, 2, 3, 4, 5, 6
         ON CONFLICT (shard, account_id, day, route, provider, model)
         DO UPDATE SET {", ".join(f"{name} = kept.{name} + excluded.{name}" for name in _SUMS)}
     ) SELECT count(*) FROM fresh
 """  # noqa: S608  (names from the tuples above)
+
+
+# The swept session was counted when it was swept; its correction brings what it really used.
+_SUMMED = {
+    "session": _insert_summed("session", "ended_at", "count(*)"),
+    "correction": _insert_summed("correction", "at", "0"),
+}
 
 
 def _compare(table: str) -> str:
@@ -80,7 +91,7 @@ async def shards_without_journal(pool: Pool, shards: Sequence[int] = range(128))
     return {
         shard: known[shard]["ep"] if shard in known else 1
         for shard in shards
-        if shard not in known or known[shard]["n"] == 0
+        if shard not in known or (known[shard]["ep"], known[shard]["n"]) == (1, 0)
     }
 
 
@@ -128,21 +139,36 @@ async def write(connection: Connection, parts: Sequence[Rows]) -> None:
     diverging = [row["shard"] for table in short for row in await connection.fetch(_compare(table))]
     if diverging:
         raise Divergence(frozenset(diverging))
-    await _confirm(connection, list(chain.from_iterable(part.confirmed for part in parts)))
+    await _confirm(connection, "grant_", "id", list(chain.from_iterable(part.confirmed for part in parts)))
+    await _confirm(connection, "revocation", "grant_id", list(chain.from_iterable(part.revoked for part in parts)))
+    await _confirm(connection, "adjustment", "id", list(chain.from_iterable(part.adjusted for part in parts)))
+    await _confirm_policies(connection, list(chain.from_iterable(part.policies for part in parts)))
 
 
 async def _inserted(connection: Connection, table: str) -> int:
-    if table == "session":
-        return int(await connection.fetchval(_INSERT_SESSIONS))
+    if table in _SUMMED:
+        return int(await connection.fetchval(_SUMMED[table]))
     return int((await connection.execute(_insert(table))).rpartition(" ")[2])
 
 
-async def _confirm(connection: Connection, confirmed: Sequence[Row]) -> None:
+async def _confirm(connection: Connection, table: str, key: str, confirmed: Sequence[Row]) -> None:
+    """Fill in which entry applied the rows that were written before it: (`key`, ep, n)."""
     if confirmed:
         await connection.execute(
-            "UPDATE grant_ SET applied_epoch = done.ep, applied_n = done.n "
+            f"UPDATE {table} SET applied_epoch = done.ep, applied_n = done.n "  # noqa: S608  (names of this module)
             "FROM unnest($1::text[], $2::int[], $3::bigint[]) AS done(id, ep, n) "
-            "WHERE grant_.id = done.id AND grant_.applied_n IS NULL",
+            f"WHERE {table}.{key} = done.id AND {table}.applied_n IS NULL",
+            *map(list, zip(*confirmed, strict=True)),
+        )
+
+
+async def _confirm_policies(connection: Connection, confirmed: Sequence[Row]) -> None:
+    """Note the newest revision of an account's policy that is in force: (account id, revision)."""
+    if confirmed:
+        await connection.execute(
+            "UPDATE account SET policy_applied = done.revision FROM (SELECT id, max(revision) AS revision "
+            "FROM unnest($1::text[], $2::bigint[]) AS each(id, revision) GROUP BY id) AS done "
+            "WHERE account.id = done.id AND account.policy_applied < done.revision",
             *map(list, zip(*confirmed, strict=True)),
         )
 

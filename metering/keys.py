@@ -22,6 +22,7 @@ class Shard:
         "idempotency",
         "leases",
         "limits",
+        "mark",
         "meta",
         "number",
         "order",
@@ -36,15 +37,21 @@ class Shard:
         self.leases = f"L:{tag}"  # zset lease deadline ms -> uid|sid
         self.expiries = f"X:{tag}"  # zset grant expiry ms -> uid|gid
         self.outbox = f"o:{tag}"  # stream, ids <ep>-<n>
-        self.account = f"a:{tag}:"  # + uid: hash av hd db tc ns blk
+        self.account = f"a:{tag}:"  # + uid: hash av hd db tc ns blk pol lim hc pr pn
         self.order = f"g:{tag}:"  # + uid: zset, score 0, burn order
         self.grants = f"b:{tag}:"  # + uid: hash <gid>:i|a|h|c|x|v|e
         self.session = f"s:{tag}:"  # + sid: hash
         self.limits = f"r:{tag}:"  # + key id: hash, a key's windows and slots
+        self.mark = f"w:{tag}"  # string, empty: written before a WAIT for replicas in a cluster
         self.idempotency = f"i:{tag}:"  # + uid:hash: string
 
 
 SHARDS = tuple(Shard(number) for number in range(SHARD_COUNT))
+
+
+def mark_beside(key: str) -> str:
+    """The mark of the shard that `key` belongs to."""
+    return SHARDS[int(key.partition("{v")[2][:3])].mark
 
 
 def shard_of(account_id: str) -> int:

@@ -117,6 +117,49 @@ class Settled(msgspec.Struct, frozen=True):
     repeated: bool = False
 
 
+class Corrected(msgspec.Struct, frozen=True):
+    """A swept session was charged `charged` micros more; `absorbed` is what of the difference nobody could pay."""
+
+    charged: int
+    absorbed: int
+    available: int
+    entry: int
+    repeated: bool = False
+
+
+class NotCorrected(msgspec.Struct, frozen=True):
+    """Nothing changed. `late`: more than an hour after the sweep; `lower`: not more than it charged; `open`, `ended`:
+    the session was not swept; `fenced`, `unknown`: it is not the caller's."""
+
+    reason: Literal["late", "lower", "open", "ended", "fenced", "unknown"]
+
+
+Policy = Literal["cutoff", "grace", "postpaid"]
+"""What an account may do when its grants are used up. Grace and postpaid work alike and are meant differently: a short
+overdraft until the next grant, and an invoice."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyChange:
+    """An account's policy. `limit` is the most its debt and held credit line may come to, 0 under cutoff; `revision`
+    (from 1) rises with each change."""
+
+    account: AccountRef
+    policy: Policy
+    limit: int
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySet:
+    """`applied` False: the ledger has a newer revision. `debt` and `line` are the account's now."""
+
+    applied: bool
+    debt: int
+    line: int
+    entry: int
+
+
 Outcome = Literal["completed", "aborted", "cut", "error", "void", "swept"]
 
 
@@ -137,6 +180,10 @@ class Balance:
     debt: int
     charged: int
     sessions: int
+    line: int = 0
+    """The part of `held` that stands on the credit line."""
+    limit: int = 0
+    policy: Policy = "cutoff"
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,14 +221,44 @@ class Granted:
 
 @dataclass(frozen=True, slots=True)
 class GrantRefused:
-    """Nothing changed: the id stands for another grant, 64 grants are open, or a value is out of its bounds."""
+    """Nothing changed: the id stands for another grant or a revoked one, 64 grants are open, or a value is out of its
+    bounds."""
 
-    reason: Literal["conflict", "full", "bounds"]
+    reason: Literal["conflict", "full", "revoked", "bounds"]
+
+
+@dataclass(frozen=True, slots=True)
+class Expired:
+    """What was left of a grant when its time was over and became breakage; `entry` is its journal number."""
+
+    grant: str
+    account: AccountRef
+    amount: int
+    entry: int
+
+
+@dataclass(frozen=True, slots=True)
+class Voided:
+    """`amount` micros were voided by a revocation or an adjustment, decided once, in journal entry `entry`."""
+
+    amount: int
+    available: int
+    entry: int
+    repeated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeRefused:
+    """Nothing changed: the id stands for another change, or a value is out of its bounds."""
+
+    reason: Literal["conflict", "bounds"]
 
 
 @dataclass(frozen=True, slots=True)
 class GrantState:
-    """One grant's parts: issued = available + held + consumed + expired + voided."""
+    """One grant's parts: issued = available + held + consumed + expired + voided.
+
+    What sessions hold of a `revoked` one and do not spend will be voided."""
 
     issued: int
     available: int
@@ -190,6 +267,7 @@ class GrantState:
     expired: int
     voided: int
     expires_ms: int
+    revoked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +278,8 @@ class SessionState:
     metered: int
     slices: dict[str, int]
     lease_until_ms: int | None
+    line: int = 0
+    """The part of `held` that stands on the credit line."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,16 +5,20 @@ Must not: talk to Redis. A reply whose first word nobody expects is a LedgerErro
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, Literal, cast, get_args
 
 from metering.ledger import (
     Balance,
+    Corrected,
     Gone,
     GrantState,
     LedgerError,
     LedgerUnavailable,
+    NotCorrected,
     Outcome,
     Past,
+    Policy,
     RefusalReason,
     SessionState,
     Settled,
@@ -34,6 +38,16 @@ REFUSALS: dict[bytes, RefusalReason] = {
     b"TOMBSTONE": "tombstone",
     b"FINISHED": "finished",
 }
+_NOT_CORRECTED: dict[bytes, Literal["late", "lower", "open", "ended", "fenced", "unknown"]] = {
+    b"LATE": "late",
+    b"LOWER": "lower",
+    b"OPEN": "open",
+    b"FINAL": "ended",
+    b"FENCED": "fenced",
+    b"UNKNOWN": "unknown",
+}
+BALANCE_FIELDS = ("av", "hd", "db", "tc", "ns", "hc", "lim", "pol")
+POLICIES: tuple[Policy, ...] = get_args(Policy)
 _NOT_NOW = frozenset(
     ("OOM", "MISCONF", "READONLY", "LOADING", "BUSY", "MASTERDOWN", "NOREPLICAS", "CLUSTERDOWN", "TRYAGAIN")
 )
@@ -66,6 +80,15 @@ def ended(script: Script, reply: list[Any], *, swept_is_gone: bool) -> Settled |
     return gone(script, reply)
 
 
+def corrected(script: Script, reply: list[Any]) -> Corrected | NotCorrected:
+    code = reply[0]
+    if code == b"CORRECTED" or code == b"EXISTS":
+        return Corrected(int(reply[1]), int(reply[2]), int(reply[3]), int(reply[4]), code == b"EXISTS")
+    if code == b"BOUNDS":
+        raise refused(script, reply)
+    return NotCorrected(_NOT_CORRECTED[code])
+
+
 def read_past(row: list[bytes | None], uid: str) -> Past | None:
     """`row` is a session's st, o, c and u. A tombstone stands for a session that never was."""
     state, outcome, charged, owner = row
@@ -78,33 +101,50 @@ def read_past(row: list[bytes | None], uid: str) -> Past | None:
     return Past(cast("Outcome", outcome.decode()), int(charged))
 
 
+def read_balance(row: Sequence[str | bytes | None]) -> Balance:
+    """`row` is an account's BALANCE_FIELDS. Raises LedgerError for a policy that nobody knows."""
+    available, held, debt, charged, sessions, line, limit = (int(value or 0) for value in row[:-1])
+    policy = row[-1] or "cutoff"
+    for known in POLICIES:
+        if policy in (known, known.encode()):
+            return Balance(available, held, debt, charged, sessions, line, limit, known)
+    raise LedgerError(f"an account has the policy {policy!r}")
+
+
 def read_snapshot(reply: list[Any]) -> Snapshot:
     row = _pairs(reply[4])
     parts: dict[str, dict[str, int]] = {}
     for name, value in _pairs(reply[5]).items():
         gid, _, part = name.rpartition(":")
         parts.setdefault(gid, {})[part] = int(value)
-    grants = {gid: GrantState(*(part.get(name, 0) for name in "iahcxve")) for gid, part in parts.items()}
+    # Without an issued part it is no grant: an adjustment's answer, or a grant that was revoked before it came.
+    grants = {gid: _read_grant(part) for gid, part in parts.items() if "i" in part}
     sessions = {sid.decode(): _read_session(rest) for sid, state, *rest in reply[7] if state == b"H"}
     return Snapshot(
         epoch=int(reply[1]),
         entry=int(reply[2]),
         now_ms=int(reply[3]),
-        balance=Balance(*(int(row.get(name, 0)) for name in ("av", "hd", "db", "tc", "ns"))),
+        balance=read_balance([row.get(name) for name in BALANCE_FIELDS]),
         grants=grants,
         burn_order=tuple(member.decode().split("|", 3)[3] for member in reply[6]),
         sessions=sessions,
     )
 
 
+def _read_grant(part: dict[str, int]) -> GrantState:
+    issued, available, held, consumed, expired, voided, expires_ms = (part.get(name, 0) for name in "iahcxve")
+    return GrantState(issued, available, held, consumed, expired, voided, expires_ms, "z" in part)
+
+
 def _read_session(fields: list[bytes]) -> SessionState:
-    _, held, metered, slices, deadline = fields
+    _, held, metered, slices, deadline, line = fields
     parts = (part.partition("=") for part in slices.decode().split(",") if part)
     return SessionState(
         held=int(held),
         metered=int(metered),
         slices={gid: int(micros) for gid, _, micros in parts},
         lease_until_ms=int(deadline) if deadline else None,
+        line=int(line),
     )
 
 

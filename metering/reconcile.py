@@ -16,6 +16,7 @@ from metering import audit_queries as rows
 from metering.keys import SHARDS
 from metering.ledger import AccountRef, GrantState, LedgerError, LedgerUnavailable, Snapshot
 from storage.database import Pool
+from storage.redis_open import servers
 
 AT_ONCE: Final = 4
 POLL_FIRST_S: Final = 0.005
@@ -53,11 +54,12 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class AuditReport:
-    """`ok` without any difference. `pending_grants` are written and wait to be applied: late, not wrong."""
+    """`ok` without any difference. What is pending is written and waits to be applied: late, not wrong."""
 
     accounts: int
     differences: tuple[Difference, ...]
     pending_grants: tuple[str, ...]
+    pending_changes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -118,7 +120,8 @@ async def audit(
 
     for found in await asyncio.gather(*(one(AccountRef(name, shard)) for name, shard in known.items())):
         differences += found
-    return AuditReport(len(known), tuple(differences), await rows.pending_grants(pool, named))
+    pending = await rows.pending_grants(pool, named), await rows.pending_changes(pool, named)
+    return AuditReport(len(known), tuple(differences), *pending)
 
 
 def _strangers(known: dict[str, int], present: set[tuple[str, int]]) -> list[Difference]:
@@ -154,9 +157,13 @@ def _found(finding: rows.Finding) -> Difference:
 
 async def _in_redis(redis: Redis) -> set[tuple[str, int]]:
     """Every account that Redis knows, with the shard of its key."""
+    return set().union(*[await _on_server(server) for server in servers(redis)])
+
+
+async def _on_server(server: Redis) -> set[tuple[str, int]]:
     found, cursor = set(), b"0"
     while True:
-        cursor, keys = await redis.call("SCAN", cursor, "MATCH", "a:{v*}:*", "COUNT", 1_000)
+        cursor, keys = await server.call("SCAN", cursor, "MATCH", "a:{v*}:*", "COUNT", 1_000)
         for key in keys:
             tag, _, account = key.decode(errors="replace").removeprefix("a:{v").partition("}:")
             if tag.isdigit():
@@ -226,14 +233,20 @@ def _check_inside(check: _Account, taken: Snapshot) -> None:
         check.holds(f"I3 grant {gid}: held is the sum of the sessions' slices", grant.held, slices)
         listed = taken.burn_order.count(gid)
         check.holds(f"grant {gid}: with credit left it is in the burn order once", listed, _listings(grant, listed))
+        check.holds(f"grant {gid}: revoked, it has nothing available", grant.available if grant.revoked else 0, 0)
     check.holds("I2 available is the sum of the grants", balance.available, _sum(g.available for g in grants.values()))
-    check.holds("I3 held is the sum of the grants", balance.held, _sum(g.held for g in grants.values()))
+    on_grants = _sum(g.held for g in grants.values())
+    check.holds("I3 held is the sum of the grants and the credit line", balance.held, on_grants + balance.line)
+    check.holds("I3 the line is the sum of the sessions", balance.line, _sum(s.line for s in sessions.values()))
     check.holds("I3 held is the sum of the sessions", balance.held, _sum(s.held for s in sessions.values()))
     check.holds("I4 sessions are counted", balance.sessions, len(sessions))
     consumed = _sum(g.consumed for g in grants.values())
     check.holds("I5 charged is consumption and debt", balance.charged, consumed + balance.debt)
+    live = _sum(g.available for g in grants.values() if g.expires_ms == 0 or g.expires_ms > taken.now_ms)
+    check.holds("I6 who owes has nothing to spend", min(balance.debt, live), 0)
     for sid, session in sessions.items():
-        check.holds(f"I3 session {sid}: the hold is the sum of its slices", session.held, _sum(session.slices.values()))
+        covered = _sum(session.slices.values()) + session.line
+        check.holds(f"I3 session {sid}: the hold is the sum of its slices and its line", session.held, covered)
         check.holds(f"I4 session {sid}: it has a lease", int(session.lease_until_ms is not None), 1)
 
 
@@ -272,10 +285,13 @@ def _check_across(check: _Account, taken: Snapshot, projected: rows.Projection) 
             check.same(f"grant {gid}", *present)
             continue
         check.same(f"grant {gid}: issued", here.issued, there.issued)
-        check.same(f"grant {gid}: available, held and voided", here.available + here.held + here.voided, there.held)
+        check.same(f"grant {gid}: available and held", here.available + here.held, there.held)
         check.same(f"grant {gid}: consumed", here.consumed, there.consumed)
         check.same(f"grant {gid}: expired", here.expired, there.expired)
+        check.same(f"grant {gid}: voided", here.voided, there.voided)
+        check.same(f"grant {gid}: revoked", *("revoked" if side.revoked else None for side in (here, there)))
         check.same(f"grant {gid}: expiry in ms", here.expires_ms, there.expires_ms)
         check.same(f"grant {gid}: confirmed", "applied", "applied" if there.confirmed else None)
     available = sum(grant.held for grant in projected.grants.values())
-    check.same("available and held", taken.balance.available + taken.balance.held, available)
+    balance = taken.balance
+    check.same("available and held", balance.available + balance.held - balance.line, available)

@@ -15,11 +15,13 @@ from metering import ledger_replies
 from metering.keys import SHARDS
 from metering.ledger import (
     AccountRef,
+    Corrected,
     Gone,
     Held,
     HoldRequest,
     LedgerFrozen,
     LedgerUnavailable,
+    NotCorrected,
     Outcome,
     Progressed,
     Refused,
@@ -28,8 +30,9 @@ from metering.ledger import (
     Settled,
     Swept,
 )
-from metering.ledger_accounts import AccountLedger
 from metering.ledger_calls import answered, brought
+from metering.ledger_policies import PolicyLedger
+from metering.ledger_recovery import RecoveryLedger
 from metering.ledger_replies import REFUSALS
 from metering.scripts import Caller, Script, Word
 
@@ -41,11 +44,12 @@ _PROGRESS_KEYS = "meta account order grants session leases"
 _PROGRESS_ARGS = "ep uid sid fence q metered want lease"
 _FINISH_KEYS = "meta account order grants session leases limits outbox"
 _SETTLE_ARGS = "ep uid sid kid fence charge outcome metadata"
+_CORRECT_ARGS = "ep uid sid kid fence charge metadata"
 _VOID_ARGS = "ep uid sid kid fence metadata"
 _SWEEP_ARGS = "ep uid sid kid"
 
 
-class RedisLedger(AccountLedger):
+class RedisLedger(PolicyLedger, RecoveryLedger):
     """One process's ledger. `lease_ms` is what reserve and progress ask for.
 
     settle and void repeat themselves while Redis gives no answer, at most `tries` times within `budget_ms`. They and
@@ -64,6 +68,7 @@ class RedisLedger(AccountLedger):
     ) -> None:
         super().__init__(client, loaded)
         self._settling = settling or client
+        self.forget_when_lost(settling)
         self._lease_ms = lease_ms
         self._tries = tries
         self._budget_s = budget_ms / 1000
@@ -74,6 +79,7 @@ class RedisLedger(AccountLedger):
         self._settle.check(_FINISH_KEYS, _SETTLE_ARGS)
         self._void.check(_FINISH_KEYS, _VOID_ARGS)
         self._sweep.check(_FINISH_KEYS, _SWEEP_ARGS)
+        self._scripts["correct"].check(_FINISH_KEYS, _CORRECT_ARGS)
 
     # --- the hot verbs
 
@@ -153,17 +159,13 @@ class RedisLedger(AccountLedger):
 
         A repeat answers the first answer with `repeated`. Raises LedgerUnavailable when the retries are used up
         (the session is still owed), LedgerFrozen, LedgerError."""
-        epoch = self._epochs[ref.account.shard] or await self._epoch(ref.account.shard)
-        words = _finish_words(epoch, ref, ref.fence, charge, outcome, metadata)
-        return self._settle_reply(await self._run_owed(self._settle, words))
+        return self._settle_reply(await self._run_owed(self._settle, ref, ref.fence, charge, outcome, metadata))
 
     async def void(self, ref: SessionRef, metadata: bytes = b"") -> Settled | Gone:
         """Return the whole hold. An unknown session is `Gone("unknown")` and leaves a tombstone against a late reserve.
 
         `fence` 0 in `ref` says that reserve's answer never came. Raises as `settle` does."""
-        epoch = await self._epoch_of(ref.account.shard)
-        words = _finish_words(epoch, ref, ref.fence, metadata)
-        return self._void_reply(await self._run_owed(self._void, words))
+        return self._void_reply(await self._run_owed(self._void, ref, ref.fence, metadata))
 
     def settle_sent(
         self, ref: SessionRef, charge: int, outcome: Outcome, metadata: bytes
@@ -193,6 +195,15 @@ class RedisLedger(AccountLedger):
         if reply[0] == b"FINAL" and reply[5] != b"void":
             return Gone("final", int(reply[1]))
         return ledger_replies.ended(self._void, reply, swept_is_gone=False)
+
+    async def correct(self, ref: SessionRef, charge: int, metadata: bytes) -> Corrected | NotCorrected:
+        """Charge what a swept session of the caller came to, `charge` micros in all, beyond what the sweep charged.
+
+        Upward only, once (a repeat answers the first answer), within an hour of the sweep. Raises LedgerUnavailable
+        (outcome unknown: repeat it), LedgerFrozen, LedgerError."""
+        epoch, script = await self._epoch_of(ref.account.shard), self._scripts["correct"]
+        words = _finish_words(epoch, ref, ref.fence, charge, metadata)
+        return ledger_replies.corrected(script, await self._run(script, words, self._settling))
 
     # --- the sweeper's verb
 
@@ -229,13 +240,15 @@ class RedisLedger(AccountLedger):
 
     # --- plumbing
 
-    async def _run_owed(self, script: Script, words: tuple[Word, ...]) -> list[Any]:
-        """`_run`, repeated while there is no answer: a settlement is owed until it is known to be done."""
+    async def _run_owed(self, script: Script, ref: SessionRef, *tail: Word) -> list[Any]:
+        """`_run`, repeated while there is no answer: a settlement is owed until it is known to be done. The epoch is
+        looked up each time: a lost connection makes it unknown."""
         ends = time.monotonic() + self._budget_s
         pause_s = RETRY_FIRST_S
         for left in range(self._tries - 1, -1, -1):
             try:
-                return await self._run(script, words, self._settling)
+                epoch = self._epochs[ref.account.shard] or await self._epoch(ref.account.shard)
+                return await self._run(script, _finish_words(epoch, ref, *tail), self._settling)
             except LedgerFrozen:
                 raise
             except LedgerUnavailable:

@@ -17,7 +17,10 @@ from typing import Any, Protocol
 from storage.redis_client import RedisReplyError
 
 FOLDER = Path(__file__).with_name("lua")
-NAMES = ("init", "reserve", "progress", "settle", "void", "sweep", "due", "grant", "audit")
+NAMES = (
+    "init", "reserve", "progress", "settle", "void", "sweep", "due", "grant", "audit", "expiring", "expire", "revoke",
+    "take", "policy", "correct", "freeze", "reassert",
+)  # fmt: skip
 Word = str | bytes | int
 
 _HEADER = re.compile(r"^-- (USES|KEYS|ARGV|RETURN): (.*)$", re.MULTILINE)

@@ -5,9 +5,16 @@ Must not: change the server. Everything is read from INFO, which needs no specia
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 
-from storage.redis_client import RedisClient, RedisReplyError
+from storage.redis_client import RedisReplyError
+from storage.redis_open import Redis, Server, servers
+
+VERIFIED_KEY = "server:verified"
+"""The run id of the server whose contents were compared with the journal. It lies in the server itself, so a restart
+and a promoted replica show another run id than the one that is written here: then nothing may be used before it was
+compared again. Without the key nothing is claimed (a new server; meta keys tell a loss)."""
 
 VALKEY_LEAST = (8, 0, 0)
 REDIS_LEAST = (8, 6, 3)
@@ -22,8 +29,14 @@ class ServerReport:
     old: str | None
 
 
-async def inspect(redis: RedisClient) -> ServerReport:
-    """Ask the server. Raises RedisUnavailable."""
+async def inspect(redis: Redis) -> ServerReport:
+    """Ask the server; of a cluster every primary, and each fault once. Raises RedisUnavailable."""
+    reports = await asyncio.gather(*(_inspect(server) for server in servers(redis)))
+    faults = dict.fromkeys(fault for report in reports for fault in report.faults)
+    return ServerReport(tuple(faults), next((report.old for report in reports if report.old is not None), None))
+
+
+async def _inspect(redis: Server) -> ServerReport:
     fields: dict[str, str] = {}
     for section in ("server", "memory", "persistence"):
         fields |= await _info(redis, section)
@@ -38,12 +51,18 @@ async def inspect(redis: RedisClient) -> ServerReport:
     return ServerReport(tuple(faults), old_version(fields))
 
 
-async def replicas_word(redis: RedisClient, replicas: int) -> str:
+async def replicas_word(redis: Redis, replicas: int) -> str:
     """Readiness' word for the replicas: ok, unknown, or degraded and what keeps settlements from being on `replicas`.
+    Of a cluster's primaries the first that is not ok has the word.
 
     Raises RedisUnavailable. INFO has `min_slaves_good_slaves` exactly when min-replicas-to-write is in force: it counts
     the replicas that answered within min-replicas-max-lag.
     """
+    words = await asyncio.gather(*(_replicas_word(server, replicas) for server in servers(redis)))
+    return next((word for word in words if word != "ok"), "ok")
+
+
+async def _replicas_word(redis: Server, replicas: int) -> str:
     try:
         fields = await _info(redis, "replication")
     except RedisReplyError:
@@ -63,12 +82,23 @@ def _replica_fault(fields: dict[str, str], replicas: int) -> str | None:
     return "min-replicas-to-write is not in force" if good is None else None
 
 
-async def _info(redis: RedisClient, section: str) -> dict[str, str]:
+def run_id(info: bytes) -> bytes:
+    """The server's run id in its INFO: another one after each start."""
+    return next((line[7:].strip() for line in info.splitlines() if line.startswith(b"run_id:")), b"")
+
+
+async def verified(redis: Redis) -> bool:
+    """Whether the server is the one that was compared with the journal. Raises RedisError."""
+    info, known = await asyncio.gather(redis.call("INFO", "server"), redis.call("GET", VERIFIED_KEY))
+    return known is None or known == run_id(info)
+
+
+async def _info(redis: Server, section: str) -> dict[str, str]:
     text = (await redis.call("INFO", section)).decode("utf-8", "replace")
     return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
 
 
-async def _knows_headers(redis: RedisClient) -> bool:
+async def _knows_headers(redis: Server) -> bool:
     try:
         return bool(await redis.call("EVAL", "#!lua flags=no-writes\nreturn 1", 0) == 1)
     except RedisReplyError:

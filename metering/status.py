@@ -12,13 +12,15 @@ STATUS_TTL_S = 30
 
 
 class JournalReport(msgspec.Struct, frozen=True):
-    """Entries not in Postgres yet, age of the oldest in ms, dead entries, stopped shards, outbox memory in percent."""
+    """Entries not in Postgres yet, age of the oldest in ms, dead entries, stopped shards, outbox memory in percent,
+    and shards that are frozen because Redis lost some of their state."""
 
     entries_behind: int
     oldest_age_ms: int
     dead: int
     stopped_shards: int
     memory_percent: int
+    frozen_shards: int = 0
 
 
 _decode = msgspec.json.Decoder(JournalReport).decode

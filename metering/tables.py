@@ -1,7 +1,8 @@
 """The ledger in Postgres: grants, finished sessions, double-entry journal, cursors. All amounts are BIGINT micros.
 
 Must not: reference `account` from what the journal writes (a row of money lands even when its account is unknown
-here; the audit names it), or be updated outside of the cursor, the rollup and a grant's confirmation.
+here; the audit names it), or be updated outside of the cursor, the rollup and the confirmation of what was written here
+first (grants, revocations, adjustments).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from sqlalchemy import (
     SmallInteger,
     Table,
     Text,
+    UniqueConstraint,
     func,
     text,
 )
@@ -47,6 +49,41 @@ GRANT = Table(
     Index("ix_grant__pending", "effective_at", postgresql_where=text("applied_n IS NULL")),
 )
 """Credit given. Written here first, then applied to Redis; its own journal entry fills `applied_*`."""
+
+REVOCATION = Table(
+    "revocation",
+    METADATA,
+    Column("id", Text, primary_key=True),
+    Column("grant_id", Text, ForeignKey("grant_.id"), nullable=False),
+    Column("notes", Text, nullable=False, server_default=text("''")),
+    Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("applied_epoch", Integer, nullable=True),
+    Column("applied_n", BigInteger, nullable=True),
+    UniqueConstraint("grant_id", name="uq_revocation_grant_id"),
+    CheckConstraint("id ~ '^[A-Za-z0-9_-]{1,64}$'", name="id_form"),
+    CheckConstraint("(applied_epoch IS NULL) = (applied_n IS NULL)", name="applied_whole"),
+    Index("ix_revocation_pending", "id", postgresql_where=text("applied_n IS NULL")),
+)
+"""The end of a grant before its time. Written here first, as a grant is; the journal fills `applied_*`."""
+
+ADJUSTMENT = Table(
+    "adjustment",
+    METADATA,
+    Column("id", Text, primary_key=True),
+    Column("account_id", Text, ForeignKey("account.id"), nullable=False),
+    Column("amount", BigInteger, nullable=False),
+    Column("whole", Boolean, nullable=False),
+    Column("notes", Text, nullable=False, server_default=text("''")),
+    Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("applied_epoch", Integer, nullable=True),
+    Column("applied_n", BigInteger, nullable=True),
+    CheckConstraint("id ~ '^[A-Za-z0-9_-]{1,64}$'", name="id_form"),
+    CheckConstraint("amount > 0 AND amount <= 9007199254740991", name="amount_positive"),
+    CheckConstraint("(applied_epoch IS NULL) = (applied_n IS NULL)", name="applied_whole"),
+    Index("ix_adjustment_account_id", "account_id"),
+    Index("ix_adjustment_pending", "id", postgresql_where=text("applied_n IS NULL")),
+)
+"""Credit taken back: `amount` micros, all or nothing when `whole`. What was taken is the consumption of its entry."""
 
 PRICE_VERSION = Table(
     "price_version",
@@ -93,6 +130,37 @@ SESSION = Table(
 """A finished session. `month` follows from the UUIDv7 time of `sid`, so (month, sid) makes sid unique over all months:
 one terminal entry, (shard, ep, n), per session. Fields that its metadata lacked are null."""
 
+CORRECTION = Table(
+    "correction",
+    METADATA,
+    Column("shard", SmallInteger, primary_key=True),
+    Column("ep", Integer, primary_key=True),
+    Column("n", BigInteger, primary_key=True, autoincrement=False),
+    Column("month", Date, nullable=False),
+    Column("sid", Text, nullable=False),
+    Column("account_id", Text, nullable=False),
+    Column("key_id", Text, nullable=False),
+    Column("charged", BigInteger, nullable=False),
+    Column("absorbed", BigInteger, nullable=False),
+    Column("debt", BigInteger, nullable=False),
+    Column("at", DateTime(timezone=True), nullable=False),
+    Column("route", Text, nullable=True),
+    Column("provider", Text, nullable=True),
+    Column("model", Text, nullable=True),
+    Column("source", Text, nullable=True),
+    Column("stream", Boolean, nullable=True),
+    Column("prompt_tokens", BigInteger, nullable=True),
+    Column("cached_tokens", BigInteger, nullable=True),
+    Column("cache_write_tokens", BigInteger, nullable=True),
+    Column("output_tokens", BigInteger, nullable=True),
+    Column("reasoning_tokens", BigInteger, nullable=True),
+    Column("metadata", JSONB, nullable=True),
+    Index("ix_correction_sid", "sid"),
+    Index("ix_correction_account_id", "account_id"),
+)
+"""What a swept session was charged beyond its sweep, at most once: `charged` micros more. (month, sid) is its session,
+whose row stays as the sweep wrote it; the metadata is the owner's. Append-only."""
+
 ENTRY = Table(
     "entry",
     METADATA,
@@ -129,8 +197,34 @@ CONSUMPTION = Table(
     Column("grant_id", Text, primary_key=True),
     Column("amount", BigInteger, nullable=False),
     Column("breakage", BigInteger, nullable=False),
+    Column("voided", BigInteger, nullable=False, server_default=text("0")),
 )
-"""What an entry took from a grant: spent (`amount`) and lost to expiry (`breakage`). Append-only."""
+"""What an entry took from a grant: spent (`amount`), lost to expiry (`breakage`), voided. Append-only."""
+
+RECEIPT = Table(
+    "receipt",
+    METADATA,
+    Column("sid", Text, primary_key=True),
+    Column("shard", SmallInteger, nullable=False),
+    Column("month", Date, nullable=False),
+    Column("kind", SmallInteger, nullable=False),
+    Column("seq", BigInteger, nullable=False),
+    Column("content", Text, nullable=False),
+    Column("applied_epoch", Integer, nullable=True),
+    Column("at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Index("ix_receipt_shard", "shard"),
+)
+"""What is known of sessions whose end Postgres may lack, kept through a recovery: `kind` 0 a hold (number `seq` of its
+checkpoints), 1 a settlement that is owed, 2 one that was acknowledged. A row goes when its session has arrived."""
+
+GATEWAY = Table(
+    "gateway",
+    METADATA,
+    Column("id", Text, primary_key=True),
+    Column("seen_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("delivered", Text, nullable=False, server_default=text("''")),
+)
+"""The running data workers of all instances, and the last recovery that each has delivered its receipts to."""
 
 SHARD_CURSOR = Table(
     "shard_cursor",
@@ -174,5 +268,5 @@ USAGE_ROLLUP = Table(
 )
 """Sums per UTC day of a session's end. An unknown route, provider or model is ''. The shard keeps flushers apart."""
 
-APPEND_ONLY = ("entry", "posting", "consumption")
+APPEND_ONLY = ("entry", "posting", "consumption", "correction")
 """Tables whose rows a trigger protects from UPDATE, DELETE and TRUNCATE."""

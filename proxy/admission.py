@@ -56,6 +56,8 @@ from proxy.upstream import PreparedCall
 
 RETRY_WITHIN_S = 0.2
 RETRY_PAUSE_S = 0.02
+GIVE_UP_PAUSE_S = 0.2
+"""Between two tries to void a reserve whose answer never came."""
 TAKE_OVERS_MAX = 2
 """How often one call takes an idempotency key over from a void session, when others try the same."""
 COUNT_WAIT_S = 5.0
@@ -286,10 +288,17 @@ class Admission:
         return reply
 
     async def _give_up(self, ref: SessionRef) -> None:
-        try:
-            await self._ledger.void(ref)
-        except LedgerUnavailable:
-            telemetry.log.error("a reserve of unknown outcome could not be voided; its lease will", session=ref.session)
+        """Until the ledger has it, or until a hold that it may have made is swept."""
+        ends = time.monotonic() + self._metering.lease_ms / 1000
+        while True:
+            try:
+                await self._ledger.void(ref)
+                return
+            except LedgerUnavailable:
+                if time.monotonic() > ends:
+                    break
+            await asyncio.sleep(GIVE_UP_PAUSE_S)
+        telemetry.log.error("a reserve of unknown outcome could not be voided; its lease will", session=ref.session)
 
     def _session(
         self,

@@ -6,8 +6,8 @@ Must not: know money or providers. Every write is whole frames, so that two writ
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
-from time import monotonic
 from typing import Any, Protocol
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -55,31 +55,38 @@ def _end(payloads: Sequence[bytes]) -> bytes:
 class ClientStream:
     """One SSE response. `last_write` and `writing_since` are monotonic seconds, read by the registry's tick."""
 
-    __slots__ = ("_connection", "_headers", "_send", "ended", "last_write", "started", "writing_since")
+    __slots__ = (
+        "_connection", "_headers", "_monotonic", "_send", "_waits", "ended", "last_write", "started", "writing_since",
+    )  # fmt: skip
 
-    def __init__(self, send: Send, connection: ClientConnection, headers: Callable[[], Headers]) -> None:
+    def __init__(
+        self,
+        send: Send,
+        connection: ClientConnection,
+        headers: Callable[[], Headers],
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         """`headers` is asked once, when the response starts."""
         self._send = send
+        self._monotonic = monotonic
         self._connection = connection
         self._headers = headers
         self.started = False
         self.ended = False
-        self.last_write = monotonic()
+        self.last_write = self._monotonic()
         self.writing_since: float | None = None
-
-    async def payloads(self, payloads: Sequence[bytes]) -> None:
-        """Forward JSON payloads as one write of `data:` frames."""
-        await self._write(b"data: " + b"\n\ndata: ".join(payloads) + b"\n\n")
+        self._waits: asyncio.Lock | None = None
 
     def written(self, payloads: Sequence[bytes]) -> bool:
-        """`payloads` without a coroutine. False, with nothing sent, when that must wait."""
+        """Forward JSON payloads as one write of `data:` frames. False, with nothing sent, when that must wait."""
         if self.ended or not self._at_once(b"data: " + b"\n\ndata: ".join(payloads) + b"\n\n", last=False):
             return False
-        self.last_write = monotonic()
+        self.last_write = self._monotonic()
         return True
 
     def finished(self, payloads: Sequence[bytes]) -> bool:
-        """`finish` without a coroutine. False, with nothing sent, when that must wait."""
+        """The last payloads, `[DONE]`, and the end of the body, in one write. False, with nothing sent, when that must
+        wait."""
         if self.ended or not self._at_once(_end(payloads), last=True):
             return False
         self.ended = True
@@ -94,6 +101,17 @@ class ClientStream:
             self.started = True
         return self._connection.write(data, last=last)
 
+    async def ready(self) -> bool:
+        """Wait until the client takes bytes; False when it has left. Who has waited asks anew whether he may write."""
+        async with self._alone():
+            self.writing_since = self._monotonic()
+            if self.started:
+                await self._send({"type": "http.response.body", "body": b"", "more_body": True})
+            else:
+                await self._start()
+            self.writing_since = None
+        return not self._connection.disconnected
+
     async def commit(self) -> None:
         """Start the response before there is content, with a comment at once so that proxies see bytes."""
         if not self.started and not self.ended:
@@ -104,14 +122,6 @@ class ClientStream:
         if self.started and not self.ended and self.writing_since is None:
             await self._write(COMMENT)
 
-    async def finish(self, payloads: Sequence[bytes]) -> None:
-        """The last payloads, `[DONE]`, and the end of the body, in one write."""
-        if self.ended:
-            return
-        self.ended = True
-        await self._start()
-        await self._send({"type": "http.response.body", "body": _end(payloads), "more_body": False})
-
     async def _start(self) -> None:
         if not self.started:
             self.started = True
@@ -119,8 +129,17 @@ class ClientStream:
             await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def _write(self, data: bytes) -> None:
-        self.writing_since = monotonic()
-        await self._start()
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
-        self.last_write = monotonic()
-        self.writing_since = None
+        async with self._alone():
+            if self.ended:
+                return
+            self.writing_since = self._monotonic()
+            await self._start()
+            await self._send({"type": "http.response.body", "body": data, "more_body": True})
+            self.last_write = self._monotonic()
+            self.writing_since = None
+
+    def _alone(self) -> asyncio.Lock:
+        """Held by who may have to wait for the client, so that nobody overtakes the response's start."""
+        if self._waits is None:
+            self._waits = asyncio.Lock()
+        return self._waits

@@ -27,6 +27,17 @@ def boot_ms() -> int:
     return time.clock_gettime_ns(_BOOT_CLOCK) // 1_000_000
 
 
+class Clock(msgspec.Struct, frozen=True):
+    """What tells sessions the time: seconds that only rise, and milliseconds as `boot_ms` counts them."""
+
+    monotonic: Callable[[], float] = time.monotonic
+    boot_ms: Callable[[], int] = boot_ms
+
+
+CLOCK = Clock()
+"""This machine's."""
+
+
 class Attempt(msgspec.Struct):
     """One try at one provider, as the journal and the client learn of it."""
 
@@ -100,11 +111,17 @@ class LiveSession(msgspec.Struct, eq=False):
     first_content_at: float | None = None
     highest_metered: int = 0
     idempotency: str = ""
+    clock: Clock = CLOCK
 
     @property
     def id(self) -> str:
         """The session's id."""
         return self.ref.session
+
+    @property
+    def fenced(self) -> bool:
+        """Whether a sweeper may have ended it: then nothing of it may reach the client."""
+        return self.clock.boot_ms() >= self.fence_ms
 
     def advance(self, phase: Phase) -> None:
         """Move to `phase`. Raises IllegalMove."""

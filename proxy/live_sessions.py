@@ -10,17 +10,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 from config.settings import Bounds, Metering
 from metering.ledger import Gone, LedgerError, LedgerUnavailable, Progressed
+from metering.receipts import HELD, Receipt
 from metering.redis_ledger import RedisLedger
 from proxy import telemetry
 from proxy.bodies import Bodies
 from proxy.errors import Draining, InternalError, LeaseLost, Overloaded, UpstreamTimedOut
-from proxy.live_session import LiveSession, boot_ms
+from proxy.live_session import CLOCK, Clock, LiveSession
 from proxy.session import Ending, Phase
 
 TICK_S = 0.1
@@ -34,8 +34,9 @@ EXTEND_PAUSE_S = 0.1
 class LiveSessions:
     """The registry of one worker."""
 
-    def __init__(self, ledger: RedisLedger, metering: Metering, bounds: Bounds) -> None:
+    def __init__(self, ledger: RedisLedger, metering: Metering, bounds: Bounds, clock: Clock = CLOCK) -> None:
         self._ledger = ledger
+        self._clock = clock
         self._loop = asyncio.get_running_loop()  # asked once: up to Python 3.11 each time is a call of the system
         self._metering = metering
         self._bounds = bounds
@@ -96,6 +97,24 @@ class LiveSessions:
     def __len__(self) -> int:
         return len(self._sessions)
 
+    def holds(self) -> list[Receipt]:
+        """What runs now, as a recovery of the ledger must know it."""
+        return [
+            Receipt(
+                session=each.id,
+                account=each.ref.account.id,
+                shard=each.ref.account.shard,
+                key=each.ref.key,
+                fence=each.ref.fence,
+                kind=HELD,
+                held=each.held,
+                metered=each.checkpoint_metered,
+                seq=each.seq,
+            )
+            for each in self._sessions.values()
+            if each.phase < Phase.SETTLING
+        ]
+
     def due_within(self, seconds: float) -> asyncio.Future[Any]:
         """A future that is given None at the first tick after that time, unless somebody gave it a result before. A
         timer for each would cost more than what it guards."""
@@ -143,11 +162,11 @@ class LiveSessions:
         returned is done when the session has the answer."""
         if session.checkpoint is not None:
             return session.checkpoint
-        want, sent_ms = max(want_hold, session.held), boot_ms()
+        want, sent_ms = max(want_hold, session.held), self._clock.boot_ms()
         session.seq += 1
         # Never more than the hold: what is metered beyond it was not forwarded yet, and may be taken back.
         metered = min(session.metered_now(), session.held)
-        session.checkpoint_at = time.monotonic()
+        session.checkpoint_at = self._clock.monotonic()
         session.checkpoint_metered = metered
         sent = None  # without a task, but where the last one failed: the other way loads a script that is missing
         if not session.unanswered:
@@ -182,6 +201,8 @@ class LiveSessions:
         except LedgerError as error:
             telemetry.log.error("the ledger refused a checkpoint", session=session.id, reason=str(error))
             return
+        if isinstance(reply, Gone) and reply.state == "unknown" and self._ledger.awaited(session.ref):
+            return
         session.unanswered = False
         if isinstance(reply, Progressed):
             if not reply.applied:
@@ -205,7 +226,7 @@ class LiveSessions:
                 due = loop.time()
             if lag >= LAG_ALARM_S:
                 self._lag_alarm(lag, loop.time())
-            now, now_boot = time.monotonic(), boot_ms()
+            now, now_boot = self._clock.monotonic(), self._clock.boot_ms()
             for session in list(self._sessions.values()):
                 self._ticking = session
                 self._tick(session, now, now_boot)

@@ -15,7 +15,7 @@ from metering.meter import Meter
 from providers.events import Chunk, Completed, Event, Failed, UsageSeen
 from proxy.client_stream import ClientStream
 from proxy.errors import CallError, InternalError, LeaseLost
-from proxy.live_session import LiveSession, boot_ms
+from proxy.live_session import LiveSession
 from proxy.live_sessions import LiveSessions
 from proxy.session import Ending
 from proxy.transport import Exchange
@@ -33,6 +33,7 @@ class Pump:
     """One stream's. `run` once."""
 
     __slots__ = (
+        "_boot_ms",
         "_broken",
         "_client",
         "_codec",
@@ -49,6 +50,7 @@ class Pump:
 
     def __init__(self, session: LiveSession, meter: Meter, opened: Opened, client: ClientStream, live: LiveSessions):
         self._session = session
+        self._boot_ms = session.clock.boot_ms
         self._meter = meter
         self._codec = opened.codec
         self._exchange = opened.exchange
@@ -127,14 +129,14 @@ class Pump:
         else:
             out += kept
         self._may_write()
-        if out and not self._client.written(out):
-            await self._client.payloads(out)
+        while out and not self._client.written(out) and await self._client.ready():
+            self._may_write()  # it may have waited past the fence
         return over
 
     def _may_write(self) -> None:
         """Raises SessionEnded when nothing may reach the client any more."""
         session = self._session
-        if session.ending is None and boot_ms() >= session.fence_ms:
+        if session.ending is None and self._boot_ms() >= session.fence_ms:
             session.end(Ending.LEASE_LOST, LeaseLost())
         if session.ending is not None:
             raise SessionEnded
@@ -204,7 +206,7 @@ class Pump:
                 break
         if not out:
             return not self._left
-        if session.ending is not None or boot_ms() >= session.fence_ms or not self._client.written(out):
+        if session.ending is not None or self._boot_ms() >= session.fence_ms or not self._client.written(out):
             self._unsent = out
             return False
         return not self._left

@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Callable
 
 from config.settings import Bounds
+from metering.ledger import Gone, Settled
 from metering.meter import Meter
 from proxy import telemetry
 from proxy.answer import bill_headers, session_members, usage_json
@@ -92,8 +93,7 @@ class StreamRelay:
             last.append(self._render(_cut_error(session, charged)))
         if failure is not None:
             last.append(self._render(failure))
-        if not client.finished(last):
-            await client.finish(last)
+        await _finish(client, last, session, settled)
         return due
 
     async def _end(
@@ -116,8 +116,23 @@ class StreamRelay:
             public.headers = bill_headers(session, due, settled)
             raise public
         if ending is not Ending.LEASE_LOST:
-            await client.finish([self._render(public)])
+            await _finish(client, [self._render(public)], session, settled)
         return due
+
+
+def _lost(session: LiveSession, settled: Settled | Gone | None) -> bool:
+    """Whether the session may have ended without us, and so nothing more may reach the client: the ledger said so, or
+    said nothing before the fence."""
+    return isinstance(settled, Gone) or (settled is None and session.fenced)
+
+
+async def _finish(
+    client: ClientStream, last: list[bytes], session: LiveSession, settled: Settled | Gone | None
+) -> None:
+    """The last payloads and the end, unless the session is lost, also while the client takes nothing."""
+    while not client.ended:
+        if _lost(session, settled) or not (client.finished(last) or await client.ready()):
+            client.ended = True
 
 
 def _meter(session: LiveSession) -> Meter:

@@ -11,8 +11,18 @@ from typing import Any
 
 import msgspec
 
-from metering.ledger import Gone, LedgerError, LedgerUnavailable, Outcome, Settled
+from metering.ledger import (
+    Corrected,
+    Gone,
+    LedgerError,
+    LedgerFrozen,
+    LedgerUnavailable,
+    NotCorrected,
+    Outcome,
+    Settled,
+)
 from metering.pricing import TokenUsage, cost
+from metering.receipts import Receipts
 from metering.redis_ledger import RedisLedger
 from proxy import telemetry
 from proxy.candidates import Route
@@ -22,6 +32,8 @@ from proxy.session import Charge, Ending, Phase, charge_for
 from proxy.upstream import PreparedCall
 
 RETRY_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+CORRECT_WITHIN_S = 3_600.0
+"""How long after its sweep the ledger takes a session's correction."""
 METADATA_BYTES_MAX = 4_096
 ATTEMPTS_KEPT = 16
 
@@ -76,6 +88,22 @@ def _refused(owed: _Owed, error: LedgerError) -> None:
     )
 
 
+def _corrected(owed: _Owed, reply: Corrected | NotCorrected | None, said: str) -> None:
+    """Count and tell a correction; `said` is the ledger's trouble where there is no reply."""
+    about = {"session": owed.session.id, "account": owed.session.ref.account.id, "due_micros": owed.due.micros}
+    if isinstance(reply, Corrected):
+        telemetry.CORRECTIONS.labels("corrected").inc()
+        telemetry.CORRECTED_MICROS.inc(reply.charged)
+        telemetry.log.warning(
+            "swept session corrected", **about, charged_micros=reply.charged, absorbed_micros=reply.absorbed
+        )
+        return
+    reason = reply.reason if reply is not None else "failed"
+    telemetry.CORRECTIONS.labels(reason).inc()
+    if reason != "lower":  # then nothing was due: the house had already paid for the difference
+        telemetry.log.error("swept session not corrected", **about, reason=reason if reply is not None else said)
+
+
 class Settler:
     """Settles sessions of this worker."""
 
@@ -84,6 +112,8 @@ class Settler:
         self._ledger = ledger
         self._live = live
         self._price_version = price_version
+        self.receipts = Receipts(price_version, ledger.suspect)
+        """What this worker owes and was acknowledged, until Postgres has it."""
 
     def begin(
         self, session: LiveSession, call: PreparedCall, ending: Ending
@@ -96,6 +126,7 @@ class Settler:
             session.exchange = None
         due = bill(session, ending, call.prompt_kind)
         owed = _Owed(session, call.route, ending, due, self._metadata(session, call, ending, due))
+        self.receipts.owed(session.ref, due.micros, due.outcome, owed.metadata)
         session.advance(Phase.SETTLING)
         session.content_due = None
         settling: asyncio.Future[Settled | Gone | None] = self._live.due_within(self._reply_s)
@@ -122,6 +153,7 @@ class Settler:
         again = False
         try:
             reply = self._ledger.settled(owed.due.outcome, sent)
+            again = self._awaited(owed, reply)
         except LedgerUnavailable:
             again = True
         except LedgerError as error:
@@ -145,6 +177,9 @@ class Settler:
             while reply is None:
                 try:
                     reply = await self._send(session, due, owed.metadata)
+                    if self._awaited(owed, reply):
+                        reply = None
+                        raise LedgerFrozen("the session is not held again yet")
                 except LedgerUnavailable:
                     telemetry.SETTLE_RETRIED.inc()
                     await asyncio.sleep(RETRY_S[min(tries, len(RETRY_S) - 1)])
@@ -159,8 +194,40 @@ class Settler:
             settling.set_result(reply)
         owed.session.advance(Phase.FINAL)
         self._live.remove(owed.session)
-        if reply is not None:
-            self._count(owed.session, owed.route, owed.ending, owed.due, reply)
+        if isinstance(reply, Settled):
+            epoch = self._ledger.epoch_of(owed.session.ref.account.shard)
+            self.receipts.acknowledged(owed.session.id, epoch, reply.entry, reply.charged, repeated=reply.repeated)
+        else:
+            self.receipts.dropped(owed.session.id)
+        if reply is None:
+            return
+        self._count(owed.session, owed.route, owed.ending, owed.due, reply)
+        # Only a sweep answers a settlement with a charge that is not its own (a void charges nothing to begin with).
+        if isinstance(reply, Gone) and reply.state == "final" and owed.due.micros > reply.charged:
+            self._live.detach(self._correct(owed))
+
+    def _awaited(self, owed: _Owed, reply: Settled | Gone) -> bool:
+        """Whether the ledger lost the session and may get it back. A void has nothing to wait for."""
+        lost = isinstance(reply, Gone) and reply.state == "unknown" and owed.due.outcome != "void"
+        return lost and self._ledger.awaited(owed.session.ref)
+
+    async def _correct(self, owed: _Owed) -> None:
+        """Charge what the sweep of our session could not know: the ledger was told of it too late."""
+        session, due = owed.session, owed.due
+        ends, tries = time.monotonic() + CORRECT_WITHIN_S, 0
+        reply: Corrected | NotCorrected | None = None
+        said = "the ledger did not answer"
+        while reply is None and time.monotonic() < ends:
+            try:
+                reply = await self._ledger.correct(session.ref, due.micros, owed.metadata)
+            except LedgerUnavailable as error:
+                said = str(error)
+                await asyncio.sleep(RETRY_S[min(tries, len(RETRY_S) - 1)])
+                tries += 1
+            except LedgerError as error:
+                said = str(error)
+                break
+        _corrected(owed, reply, said)
 
     async def _send(self, session: LiveSession, due: Bill, metadata: bytes) -> Settled | Gone:
         if due.outcome == "void":

@@ -46,6 +46,10 @@ SETTLE_RETRIED = Counter("tollgate_settle_retried_total", "Settlements tried aga
 SETTLE_FAILED = Counter(
     "tollgate_settle_failed_total", "Settlements that the ledger refused: their sessions stay open in Redis."
 )
+CORRECTIONS = Counter(
+    "tollgate_corrections_total", "Swept sessions whose owner was alive and said what was really due.", ["result"]
+)
+CORRECTED_MICROS = Counter("tollgate_corrected_micros_total", "Charged by corrections, beyond what the sweeps charged.")
 LOG_LOST = Counter("tollgate_log_writes_lost_total", "Writes of log lines that failed: a full disk, a reader gone.")
 LEASES_LOST = Counter("tollgate_leases_lost_total", "Streams ended because their lease could not be renewed.")
 BODY_BYTES = Gauge(

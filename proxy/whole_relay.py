@@ -52,7 +52,8 @@ class WholeRelay:
             raise public from None
         _meter(session, answer)
         due, settled = await self._settled(session, call, Ending.COMPLETED)
-        if isinstance(settled, Gone):  # settled by the sweeper meanwhile, for what it knew
+        if isinstance(settled, Gone) or (settled is None and session.fenced):
+            # Settled by the sweeper meanwhile, for what it knew, or may have been.
             lost = LeaseLost()
             lost.headers = bill_headers(session, due, settled)
             raise lost

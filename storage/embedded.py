@@ -57,6 +57,7 @@ VALKEY_CONFIG: Mapping[str, str] = {
     "save": "",
     "maxmemory": "1gb",  # the outbox bound is a share of it, so it may not be unlimited
     "maxmemory-policy": "noeviction",
+    "hash-max-listpack-entries": "128",  # of 64 grants the hash has 512 fields: as a list it is walked, field by field
 }
 """The embedded Valkey's settings; `valkey_config` of `EmbeddedStores` overrides single ones."""
 

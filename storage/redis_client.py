@@ -140,7 +140,13 @@ class RedisClient:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._reconnecting: asyncio.Task[None] | None = None
         self._subscriptions: list[Subscription] = []
+        self._on_lost: list[Callable[[], None]] = []
         self._closed = False
+
+    def on_lost(self, callback: Callable[[], None]) -> None:
+        """Call `callback` (it must not raise) whenever the connection is lost, before any call on the next one: what
+        comes back may be another server, or the same one without its last writes."""
+        self._on_lost.append(callback)
 
     @property
     def connected(self) -> bool:
@@ -224,6 +230,8 @@ class RedisClient:
         if connection is not self._connection:
             return
         self._connection = None
+        for callback in self._on_lost:
+            callback()
         if not self._closed:
             log.warning("%s: connection lost, reconnecting", self._address)
             self._reconnecting = asyncio.create_task(self._reconnect(), name="redis reconnect")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,7 @@ class ReplicatedClient:
     One batch is under way at a time; what is asked for meanwhile makes the next. A call waits at most `call_ms` for its
     batch and `call_ms` for its answer; `call_ms` must exceed `wait_ms`. `pending_max` bounds the unanswered calls.
     `on_unconfirmed` gets the number of commands that were applied without a replica's word; it must not raise.
+    `mark` gives the write before a batch's WAIT for its commands, where MARK is not replicated (in a cluster).
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class ReplicatedClient:
         pending_max: int,
         on_unconfirmed: Callable[[int], None] = lambda count: None,
         wait_ms: int = WAIT_MS,
+        mark: Callable[[Sequence[tuple[Word, ...]]], tuple[Word, ...]] | None = None,
     ) -> None:
         """Raises RedisUrlError for a URL that cannot be read, ValueError for a `call_ms` that no WAIT fits into."""
         if call_ms <= wait_ms:
@@ -63,10 +65,20 @@ class ReplicatedClient:
         self._pending_max = pending_max
         self._on_unconfirmed = on_unconfirmed
         self._wait_ms = wait_ms
+        self._mark = mark
         self._asked: deque[_Asked] = deque()
         self._under_way = 0
         self._writer: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+
+    def on_lost(self, callback: Callable[[], None]) -> None:
+        """As `RedisClient.on_lost`."""
+        self._client.on_lost(callback)
+
+    @property
+    def connected(self) -> bool:
+        """Whether a call made now would be written."""
+        return self._client.connected
 
     async def start(self) -> None:
         """Connect once. Raises as `RedisClient.start` does."""
@@ -124,7 +136,8 @@ class ReplicatedClient:
         if not batch:
             return
         calls = [self._send(asked.words) for asked in batch]
-        calls += self._client.call(*MARK), self._client.call("WAIT", REPLICAS_WAITED_FOR, self._wait_ms)
+        mark = MARK if self._mark is None else self._mark([asked.words for asked in batch])
+        calls += self._client.call(*mark), self._client.call("WAIT", REPLICAS_WAITED_FOR, self._wait_ms)
         *replies, marked, waited = await asyncio.gather(*calls, return_exceptions=True)
         lost = _lost(waited)
         applied = 0
@@ -139,7 +152,9 @@ class ReplicatedClient:
                     asked.answer.set_result(reply)
         if lost is not None:
             self._fail_asked()
-        elif applied and not (isinstance(marked, int) and isinstance(waited, int) and waited >= REPLICAS_WAITED_FOR):
+        elif applied and (
+            isinstance(marked, BaseException) or not isinstance(waited, int) or waited < REPLICAS_WAITED_FOR
+        ):
             self._on_unconfirmed(applied)
 
     def _send(self, words: tuple[Word, ...]) -> Awaitable[Any]:

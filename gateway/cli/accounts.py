@@ -1,16 +1,19 @@
-"""`tollgate accounts`: who pays. Must not: touch credit or keys."""
+"""`tollgate accounts`: who pays, and how far. Must not: give credit or touch keys."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from gateway.cli.context import Context, data_dir_option, with_stores
-from gateway.cli.money import format_credits
+from gateway.cli.money import CreditsType, format_credits
 from gateway.cli.output import emit_json, facts, json_option, table
+
+if TYPE_CHECKING:
+    from metering.ledger import Policy
 
 
 @click.group()
@@ -33,9 +36,43 @@ def create(name: str, data_dir: Path | None, as_json: bool) -> None:
 
     made = with_stores(data_dir, "creating the account", lambda ctx: admin.create_account(ctx.pool, name))
     if as_json:
-        emit_json(asdict(made))
+        emit_json(_document(made))
     else:
         facts(f"Account {made.name}", [("id", made.id), ("shard", made.shard), ("created", made.created_at)])
+
+
+@accounts.command()
+@click.argument("account")
+@click.argument("policy", type=click.Choice(["cutoff", "grace", "postpaid"]))
+@click.option(
+    "--limit", type=CreditsType(), metavar="CREDITS", help="The most it may owe (default: grace 1, postpaid 100)."
+)
+@data_dir_option
+@json_option
+def policy(account: str, policy: Policy, limit: int | None, data_dir: Path | None, as_json: bool) -> None:
+    """Say what ACCOUNT (its id or name) may do when its grants are used up.
+
+    \b
+    cutoff    nothing: calls are refused, streams are cut (the default)
+    grace     go on into debt up to the limit; meant to be short, the next grant repays it
+    postpaid  go on into debt up to the limit; meant to be invoiced
+
+    A limit below what the account owes refuses new calls and ends none.
+
+    \b
+    Example:
+      tollgate accounts policy "Acme Ltd" postpaid --limit 250
+    """
+    found, written = with_stores(data_dir, "setting the policy", lambda ctx: _set_policy(ctx, account, policy, limit))
+    if as_json:
+        money = {"limit": format_credits(written.limit), "limit_micros": written.limit}
+        emit_json({"account_id": found.id, **asdict(written), **money})
+        return
+    state = "in force" if written.state == "applied" else f"waiting: {written.reason}"
+    facts(
+        f"Account {found.name}",
+        [("policy", written.policy), ("limit", format_credits(written.limit)), ("state", state)],
+    )
 
 
 @accounts.command()
@@ -55,7 +92,7 @@ def show(account: str | None, data_dir: Path | None, as_json: bool) -> None:
     found, balance, keys = with_stores(data_dir, "reading the account", lambda ctx: _read(ctx, account))
     in_force = [key.id for key in keys if key.revoked_at is None]
     if as_json:
-        emit_json({**asdict(found), "balance": balance, "keys": in_force})
+        emit_json({**_document(found), "balance": balance, "keys": in_force})
         return
     money = [(name, format_credits(balance[f"{name}_micros"])) for name in ("available", "held", "debt", "charged")]
     facts(
@@ -64,11 +101,18 @@ def show(account: str | None, data_dir: Path | None, as_json: bool) -> None:
             ("id", found.id),
             ("shard", found.shard),
             ("created", found.created_at),
+            ("policy", found.policy),
+            ("credit limit", format_credits(found.credit_limit)),
             *money,
             ("open sessions", balance["open_sessions"]),
             ("keys", ", ".join(in_force) or "-"),
         ],
     )
+
+
+def _document(account: Any) -> dict[str, Any]:
+    limit = account.credit_limit
+    return {**asdict(account), "credit_limit": format_credits(limit), "credit_limit_micros": limit}
 
 
 def balance_document(balance: Any) -> dict[str, Any]:
@@ -80,6 +124,14 @@ def balance_document(balance: Any) -> dict[str, Any]:
         **micros,
         "open_sessions": balance.sessions,
     }
+
+
+async def _set_policy(ctx: Context, account: str, policy: Policy, limit: int | None) -> tuple[Any, Any]:
+    from accounts import admin
+    from metering import policies
+
+    found = await admin.find_account(ctx.pool, account)
+    return found, await policies.change(ctx.pool, ctx.ledger, found.id, policy, limit)
 
 
 async def _read(ctx: Context, account: str) -> tuple[Any, dict[str, Any], list[Any]]:
@@ -96,7 +148,7 @@ def _list(data_dir: Path | None, as_json: bool) -> None:
 
     found = with_stores(data_dir, "reading the accounts", lambda ctx: admin.list_accounts(ctx.pool))
     if as_json:
-        emit_json({"accounts": [asdict(one) for one in found]})
+        emit_json({"accounts": [_document(one) for one in found]})
     else:
         rows = [(one.id, one.name, one.shard, one.created_at) for one in found]
         table("Accounts", ("id", "name", "shard", "created (UTC)"), rows, right=("shard",))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import click
 
-from gateway.cli import accounts, audit, credit, database, keys, serve, sessions, simulate
+from gateway.cli import accounts, audit, credit, database, grants, keys, rebuild, serve, sessions, simulate
 
 DONE, REFUSED, USAGE, STORES, DEFECT, INTERRUPTED = 0, 1, 2, 3, 70, 130
 
@@ -49,8 +49,8 @@ def root() -> None:
 
 
 for _command in (
-    serve.serve, simulate.simulate, database.db, accounts.accounts, keys.keys, credit.credits_, sessions.sessions,
-    audit.audit,
+    serve.serve, simulate.simulate, database.db, accounts.accounts, keys.keys, credit.credits_, grants.grants,
+    sessions.sessions, audit.audit, rebuild.rebuild,
 ):  # fmt: skip
     root.add_command(_command)
 
@@ -86,6 +86,7 @@ def _readable(error: Exception) -> tuple[str, int]:
     from gateway.children import ChildError
     from metering.grants import GrantError
     from metering.ledger import LedgerError
+    from metering.policies import PolicyError
     from storage.database import FAILED, DatabaseUrlError
     from storage.embedded import EmbeddedError
     from storage.redis_client import RedisError, RedisUrlError
@@ -93,7 +94,7 @@ def _readable(error: Exception) -> tuple[str, int]:
     message = str(error) or type(error).__doc__ or type(error).__name__
     if isinstance(error, ConfigError | DatabaseUrlError | RedisUrlError):
         return message, USAGE
-    if isinstance(error, AccountsError | GrantError | ChildError):
+    if isinstance(error, AccountsError | GrantError | PolicyError | ChildError):
         return message, REFUSED
     if isinstance(error, EmbeddedError | RedisError | LedgerError | KeysUnavailable):
         return message, STORES

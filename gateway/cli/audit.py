@@ -60,5 +60,7 @@ def _show(report: Any) -> None:
         table("Differences", ("account", "what", "Redis", "Postgres", "micros"), rows, right=("micros",))
     if report.pending_grants:
         click.echo(f"Grants that wait to be applied: {', '.join(report.pending_grants)}")
+    if report.pending_changes:
+        click.echo(f"Revocations and adjustments that wait to be applied: {', '.join(report.pending_changes)}")
     verdict = "no difference" if report.ok else f"{len(report.differences)} differences"
     click.secho(f"Audited {report.accounts} accounts: {verdict}.", bold=True, fg="green" if report.ok else "red")

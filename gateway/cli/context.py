@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from metering.redis_ledger import RedisLedger
     from storage.database import Pool
     from storage.embedded import Stores
-    from storage.redis_client import RedisClient
+    from storage.redis_open import Redis
 
 Result = TypeVar("Result")
 Command = TypeVar("Command", bound=Callable[..., object])
@@ -43,7 +43,7 @@ class Context:
     pepper: bytes
     embedded: bool
     pool: Pool
-    redis: RedisClient
+    redis: Redis
     ledger: RedisLedger
     step: Callable[[str], None]
 
@@ -114,15 +114,14 @@ async def opened(
     from metering.bootstrap import ensure_shards
     from metering.redis_ledger import RedisLedger
     from storage.database import connect_pool
-    from storage.redis_client import RedisClient
+    from storage.redis_open import open_redis
 
     embedded = not (secrets.redis_url or secrets.database_url)
     bounds = settings.redis
-    redis = RedisClient(
-        stores.redis_url, call_ms=bounds.call_ms, connect_ms=bounds.connect_ms, pending_max=bounds.pending_max
-    )
     async with contextlib.AsyncExitStack() as stack:
-        await redis.start()
+        redis = await open_redis(
+            stores.redis_url, call_ms=bounds.call_ms, connect_ms=bounds.connect_ms, pending_max=bounds.pending_max
+        )
         stack.push_async_callback(redis.aclose)
         pool = await connect_pool(stores.database_url, size_max=POOL_SIZE, application_name="tollgate-cli")
         stack.push_async_callback(pool.close)

@@ -1,4 +1,4 @@
-"""`tollgate credits`: give credit and look at it. Must not: compute a balance, the ledger knows it."""
+"""`tollgate credits`: give credit, take it back, look at it. Must not: compute a balance, the ledger knows it."""
 
 from __future__ import annotations
 
@@ -82,20 +82,71 @@ def grant(
         return found, await grants.issue(ctx.pool, ctx.ledger, new)
 
     found, issued = with_stores(data_dir, "granting", work)
-    available = None if issued.available is None else format_credits(issued.available)
+    _tell("grant", found, issued, amount, as_json)
+
+
+@credits_.command(context_settings={"ignore_unknown_options": True})
+@click.argument("account")
+@click.argument("amount", type=CreditsType(signed=True), metavar="CREDITS")
+@click.option("--partly", is_flag=True, help="Take what there is when it is less (else: all of it or nothing).")
+@click.option("--notes", default="", help="Why it was changed.")
+@click.option("--id", "change_id", help="An id of your own: repeating it changes nothing twice.")
+@data_dir_option
+@json_option
+def adjust(
+    account: str,
+    amount: int,
+    partly: bool,
+    notes: str,
+    change_id: str | None,
+    data_dir: Path | None,
+    as_json: bool,
+) -> int:
+    """Change the available credit of ACCOUNT (its id or name) by CREDITS, which may be negative.
+
+    What is added is a grant without expiry. What is taken comes from what nobody holds, in the order in which it would
+    be spent; it is decided once, so what was refused for lack of credit stays refused (exit code 1).
+
+    \b
+    Example:
+      tollgate credits adjust "Acme Ltd" -5 --notes "paid twice"
+    """
+
+    async def work(ctx: Context) -> tuple[Any, Any]:
+        from accounts import admin
+        from metering import grant_changes, grants
+
+        found = await admin.find_account(ctx.pool, account)
+        name = change_id or f"adjust_{secrets.token_hex(10)}"
+        if amount > 0:
+            return found, await grants.issue(ctx.pool, ctx.ledger, grants.NewGrant(name, found.id, amount, notes=notes))
+        new = grant_changes.NewAdjustment(name, found.id, -amount, whole=not partly, notes=notes)
+        return found, await grant_changes.adjust(ctx.pool, ctx.ledger, new)
+
+    found, changed = with_stores(data_dir, "adjusting", work)
+    took = amount if amount > 0 or changed.amount is None else -changed.amount
+    _tell("adjustment", found, changed, took, as_json)
+    return 1 if changed.state == "refused" else 0
+
+
+def _tell(what: str, found: Any, done: Any, amount: int, as_json: bool) -> None:
+    """What a grant or an adjustment did: `done` has id, state, reason and available; `amount` is in micros."""
+    available = None if done.available is None else format_credits(done.available)
     if as_json:
         emit_json({
-            "id": issued.id, "account_id": found.id, "amount": format_credits(amount), "amount_micros": amount,
-            "state": issued.state, "reason": issued.reason, "available": available,
-            "available_micros": issued.available,
+            "id": done.id, "account_id": found.id, "amount": format_credits(amount), "amount_micros": amount,
+            "state": done.state, "reason": done.reason, "available": available,
+            "available_micros": done.available,
         })  # fmt: skip
         return
     facts(
         f"{format_credits(amount)} credits for {found.name}",
-        [("grant", issued.id), ("state", issued.state), ("available now", available)],
+        [(what, done.id), ("state", done.state), ("available now", available)],
     )
-    if issued.state == "waiting":
-        note(f"It is written and becomes usable later: {issued.reason}.")
+    if done.state == "waiting":
+        note(f"It is written and becomes effective later: {done.reason}.")
+    elif done.reason:
+        note(f"It is {done.state}: {done.reason}.")
 
 
 @credits_.command()

@@ -36,6 +36,15 @@ def parse_credits(text: str) -> int:
     return micros
 
 
+def parse_change(text: str) -> int:
+    """`"-5"` -> -5_000_000 micros, `"5"` or `"+5"` -> 5_000_000; never 0. Raises InvalidCredits."""
+    sign, amount = (text[0], text[1:]) if text[:1] in ("-", "+") else ("+", text)
+    if amount[:1] in ("-", "+"):
+        raise InvalidCredits("write one sign at most, such as -12.50")
+    micros = parse_credits(amount)
+    return -micros if sign == "-" else micros
+
+
 def format_credits(micros: int) -> str:
     """Micros as decimal credits with two to six decimals: 12_500_000 -> `12.50`, 15 -> `0.000015`."""
     sign, whole = ("-" if micros < 0 else ""), abs(micros)
@@ -44,15 +53,18 @@ def format_credits(micros: int) -> str:
 
 
 class CreditsType(click.ParamType[int]):
-    """An amount of credits on the command line, as micros."""
+    """An amount of credits on the command line, as micros; `signed` ones may be less than 0."""
 
     name = "credits"
+
+    def __init__(self, *, signed: bool = False) -> None:
+        self._parse = parse_change if signed else parse_credits
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Text to micros; micros pass."""
         if isinstance(value, int):
             return value
         try:
-            return parse_credits(str(value))
+            return self._parse(str(value))
         except InvalidCredits as error:
             self.fail(f"{error}.", param, ctx)

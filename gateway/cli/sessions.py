@@ -67,7 +67,8 @@ def list_(account: str | None, limit: int, data_dir: Path | None, as_json: bool)
 async def _finished(ctx: Context, account_id: str | None, limit: int) -> list[dict[str, Any]]:
     """Rows of the journal's session table, newest first (a session id begins with its time)."""
     rows = await ctx.pool.fetch(
-        f"SELECT {', '.join(_FIELDS)} FROM session"  # noqa: S608  (our own column names)
+        f"SELECT {', '.join(_FIELDS)}, (SELECT coalesce(sum(correction.charged), 0)::bigint"  # noqa: S608  (our columns)
+        " FROM correction WHERE correction.sid = session.sid) AS corrected FROM session"
         " WHERE $1::text IS NULL OR account_id = $1 ORDER BY month DESC, sid DESC LIMIT $2",
         account_id, limit,
     )  # fmt: skip
@@ -78,12 +79,14 @@ def _finished_document(row: dict[str, Any]) -> dict[str, Any]:
     import json
 
     metadata = row.pop("metadata")
-    charged, absorbed = row.pop("charged"), row.pop("absorbed")
+    corrected = row.pop("corrected")  # by the owner of a session that had been swept
+    charged, absorbed = row.pop("charged") + corrected, row.pop("absorbed")
     return {
         "id": row.pop("sid"),
         "state": row.pop("outcome"),
         "charged": format_credits(charged),
         "charged_micros": charged,
+        "corrected_micros": corrected,
         "absorbed_micros": absorbed,
         "duration_ms": round((row["ended_at"] - row["started_at"]).total_seconds() * 1000),
         **row,

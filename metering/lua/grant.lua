@@ -1,9 +1,10 @@
 #!lua
 -- grant: issues credit to an account, which it creates when missing. Debt is repaid first. Idempotent by grant id.
--- `expiry` is ms or 0 for never; `created` is ms. At most 64 grants may be open at once.
+-- `expiry` is ms or 0 for never; `created` is ms. At most 64 grants may be open at once. One that was revoked before it
+-- came stays out.
 -- KEYS: meta account order grants expiries outbox
 -- ARGV: ep uid gid credit priority expiry created
--- RETURN: GRANTED|EXISTS available n repaid | CONFLICT | FULL | EPOCH | BOUNDS what
+-- RETURN: GRANTED|EXISTS available n repaid | CONFLICT | REVOKED | FULL | EPOCH | BOUNDS what
 local meta, account, order, grants, expiries, outbox = unpack(KEYS)
 local ep, uid, gid, credit, priority, expiry, created = unpack(ARGV)
 if #KEYS ~= 6 or #ARGV ~= 7 then return { 'BOUNDS', 'arity' } end
@@ -21,11 +22,12 @@ local row = call('HMGET', account, 'av', 'hd', 'db', 'tc')
 local available, held, debt, total = stored(row[1]), stored(row[2]), stored(row[3]), stored(row[4])
 
 local function field(name) return format('%s:%s', gid, name) end
-local past = call('HMGET', grants, field('i'), field('e'), field('n'), field('rp'))
+local past = call('HMGET', grants, field('i'), field('e'), field('n'), field('rp'), field('z'))
 if past[1] then
   if stored(past[1]) ~= credit_n or stored(past[2]) ~= expiry_n then return { 'CONFLICT' } end
   return { 'EXISTS', text(available), text(stored(past[3])), text(stored(past[4])) }
 end
+if past[5] then return { 'REVOKED' } end
 -- Later moves only shift credit between these three, so this one check keeps all of them exact for ever.
 if available + held + total + credit_n > MAX then return { 'BOUNDS', 'total' } end
 local repaid = math.min(debt, credit_n)

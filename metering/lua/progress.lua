@@ -2,6 +2,8 @@
 -- progress: a checkpoint. Stores the absolute metered cost, renews the lease, extends the hold towards `want`.
 -- Applied when `q` rises and `metered` does not fall. A repeat (same q, same metered) renews the lease again, since its
 -- sender is alive; anything older answers STALE and changes nothing. A short extension is a success: read `held`.
+-- An extension takes grants first, then the account's credit line.
+-- USES: line
 -- KEYS: meta account order grants session leases
 -- ARGV: ep uid sid fence q metered want lease
 -- RETURN: OK|STALE held available | FINAL charged | FENCED | UNKNOWN | EPOCH | BOUNDS what
@@ -32,20 +34,30 @@ call('ZCARD', leases)
 -- A blocked account keeps what it holds and gets no more.
 local need = want_n > has and (not money[3] or money[3] == '0') and want_n - has or 0
 local plan, taken = plan_take(order, grants, need, now)
+local line, room, on_line, own = 0, 0, 0, 0
+if taken < need then
+  room, on_line = line_room(account, available, held)
+  line = math.min(room, need - taken)
+  if line > 0 then own = stored(call('HGET', session, 'hl')) end
+end
 
 -- Writes: nothing below can fail.
 if now > saved then call('HSET', meta, 'clk', text(now)) end
-if taken > 0 then
+if taken + line > 0 then
   local slices, place = read_slices(row[7]), {}
   for i = 1, #slices do place[slices[i].gid] = slices[i] end
   for i = 1, #plan do
     local slice = place[plan[i].gid]
     if slice then slice.take = slice.take + plan[i].take else slices[#slices + 1] = plan[i] end
   end
-  has, available = has + taken, available - taken
+  has, available = has + taken + line, available - taken
   hold(grants, plan)
   call('HSET', session, 'm', text(metered_n), 'q', text(q_n), 'h', text(has), 'sl', write_slices(slices))
-  call('HSET', account, 'av', text(available), 'hd', text(held + taken))
+  call('HSET', account, 'av', text(available), 'hd', text(held + taken + line))
+  if line > 0 then
+    call('HSET', session, 'hl', text(own + line))
+    call('HSET', account, 'hc', text(on_line + line))
+  end
 else
   call('HSET', session, 'm', text(metered_n), 'q', text(q_n))
 end

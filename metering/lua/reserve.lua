@@ -6,6 +6,8 @@
 -- `rpm` and `parallel` are the key's limits, '' for none; they are counted only when the session is admitted.
 -- `idempotency` names the session that has the client's idempotency key, and its body, for a day; a bare prefix is none.
 -- `past` is a session that the caller knows to be void: it may be replaced there. '' for none.
+-- A hold takes grants first, then the account's credit line; debt refuses where the line has no room.
+-- USES: line
 -- KEYS: meta account order grants session leases limits idempotency
 -- ARGV: ep uid sid kid owner body price metadata want minimum prompt lease rpm parallel past
 -- RETURN: HELD|EXISTS held available fence lease_ms | BALANCE|IN_FLIGHT|REQUESTS|PARALLEL|DEBT|BLOCKED|CONFLICT|TOMBSTONE|FINISHED available held retry_after_ms | REPEATED session same_or_other | EPOCH | BOUNDS what
@@ -56,7 +58,11 @@ end
 
 -- The account.
 if row[5] and row[5] ~= '0' then return refuse('BLOCKED', available, 0) end
-if debt > 0 then return refuse('DEBT', available, 0) end
+local room, on_line = nil, nil
+if debt > 0 then
+  room, on_line = line_room(account, available, held)
+  if room == 0 then return refuse('DEBT', available, 0) end
+end
 
 -- The key: `p` open sessions; `q` admissions ever under a rate; `w<j>` the time of admission j; `lo` the oldest kept.
 -- A missing w<j> was older than a minute when it was dropped, so changing the limit keeps the window exact.
@@ -70,21 +76,31 @@ if rpm_n then
 end
 if parallel_n and slots >= parallel_n then return refuse('PARALLEL', available, 1000) end
 
--- The credit. A plan that falls short has seen every grant, so `got` is all that could be spent.
+-- The credit. A plan that falls short has seen every grant, so with the line's part it is all that could be spent.
 local plan, taken = plan_take(order, grants, want_n, now)
-if taken < minimum_n then
-  if taken + held < minimum_n then return refuse('BALANCE', taken, 0) end
-  return refuse('IN_FLIGHT', taken, 1000)
+local line = 0
+if taken < want_n then
+  if not room then room, on_line = line_room(account, available, held) end
+  line = math.min(room, want_n - taken)
+end
+local whole = taken + line
+if whole < minimum_n then
+  if whole + held < minimum_n then return refuse('BALANCE', whole, 0) end
+  return refuse('IN_FLIGHT', whole, 1000)
 end
 call('ZCARD', leases)
 
 -- Writes: nothing below can fail.
-local got, left, moment = text(taken), text(available - taken), text(now)
+local got, left, moment = text(whole), text(available - taken), text(now)
 if now > saved then call('HSET', meta, 'clk', moment) end
 call('HSET', session, 'st', 'H', 'f', moment, 'u', uid, 'k', kid, 'h', got, 'm', '0', 'q', '0', 'pc', text(prompt_n),
   'ow', owner, 'bh', body, 'pv', price, 'mt', metadata, 'ts', moment, 'sl', write_slices(plan))
 if keyed then call('SET', idempotency, format('%s %s', sid, body), 'PX', '86400000') end
-call('HSET', account, 'av', left, 'hd', text(held + taken), 'ns', text(open + 1))
+call('HSET', account, 'av', left, 'hd', text(held + whole), 'ns', text(open + 1))
+if line > 0 then
+  call('HSET', session, 'hl', text(line))
+  call('HSET', account, 'hc', text(on_line + line))
+end
 hold(grants, plan)
 call('ZADD', leases, text(now + lease_n), format('%s|%s', uid, sid))
 if not rpm_n then

@@ -1,7 +1,8 @@
 #!lua flags=allow-oom
 -- settle: charges `charge` micros, returns the rest of the hold, journals the session. Once: a repeat answers FINAL.
--- Held slices pay first, in order; what they do not cover, available grants; what nobody covers is absorbed by the house.
--- USES: finish
+-- Held slices pay first, in order; what they do not cover, available grants, then the credit line, as debt; what nobody
+-- covers is absorbed by the house.
+-- USES: line finish
 -- KEYS: meta account order grants session leases limits outbox
 -- ARGV: ep uid sid kid fence charge outcome metadata
 -- RETURN: SETTLED charged absorbed available n | FINAL charged absorbed available n outcome | FENCED | UNKNOWN | EPOCH | BOUNDS what

@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- sweep: settles on behalf of a dead owner what was metered at the last progress, once the lease is over.
 -- A lease without a held session behind it is dropped, so that it cannot come up for ever.
--- USES: finish
+-- USES: line finish
 -- KEYS: meta account order grants session leases limits outbox
 -- ARGV: ep uid sid kid
 -- RETURN: SETTLED charged absorbed available n | FINAL charged absorbed available n outcome | NOTDUE left_ms | UNKNOWN | EPOCH | BOUNDS what

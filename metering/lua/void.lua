@@ -2,7 +2,7 @@
 -- void: returns the whole hold and charges nothing. An unknown session gets a tombstone for a day, without a journal
 -- entry, so that a reserve that was delayed on its way is refused when it comes.
 -- `fence` 0 says that reserve's answer never came: accepted while the session has made no progress.
--- USES: finish
+-- USES: line finish
 -- KEYS: meta account order grants session leases limits outbox
 -- ARGV: ep uid sid kid fence metadata
 -- RETURN: SETTLED charged absorbed available n | FINAL charged absorbed available n outcome | TOMBSTONE | FENCED | EPOCH | BOUNDS what

@@ -28,6 +28,7 @@ from tests.support.outages import (
     ask,
     audited,
     bearer,
+    books_agree,
     frozen,
     held_session,
     instance_pids,
@@ -176,10 +177,18 @@ async def test_a_worker_that_wakes_after_its_lease_forwards_nothing_more(gateway
     assert (await gateway.idle(key)).available < 1_000_000
     async with gateway.stores() as stores:
         assert {await terminal_entries(stores, one.session) for one in made if one in victims} == {(1, 1)}
+        query = "SELECT sid, charged FROM correction WHERE account_id = $1"
+        corrections = await until(lambda: stores.pool.fetch(query, key.account.id))
+        await until(lambda: books_agree(stores, key))
+    more = {each["sid"]: each["charged"] for each in corrections}
+    assert len(more) == len(corrections)
     for one, row in zip(victims, rows, strict=True):
         log = await gateway.served(one.request)
-        assert row["charged"] <= log["prompt_tokens"] + log["served_tokens"]
-        assert await gateway.session(one.session) == row  # what the woken worker said changed nothing
+        charged = row["charged"] + more.get(one.session, 0)
+        assert charged <= log["prompt_tokens"] + log["served_tokens"]
+        if one.session in more:
+            assert charged >= log["prompt_tokens"] + one.tokens  # what the client got is paid for after all
+        assert await gateway.session(one.session) == row  # the sweep's own row stays
     audited(gateway)
 
 

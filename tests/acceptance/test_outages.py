@@ -23,6 +23,7 @@ from tests.support.outages import (
     ask,
     audited,
     bearer,
+    books_agree,
     frozen,
     leases,
     outage_config,
@@ -183,7 +184,7 @@ async def test_streams_end_at_the_fence_when_redis_stands_still_for_longer_than_
             assert stream.after(stopped + LEASE_S - MARGIN_S / 2) == b""
             assert not stream.whole
     assert LEASE_S - MARGIN_S - 1 < cut_s < LEASE_S
-    balance = await gateway.idle(key)
+    await gateway.idle(key)
     assert time.monotonic() - woken < LEASE_S + 5
     rows = {row["sid"]: row for row in await gateway.sessions(key, 4)}
     for stream in made:
@@ -192,8 +193,8 @@ async def test_streams_end_at_the_fence_when_redis_stands_still_for_longer_than_
         assert 0 < row["charged"] <= log["prompt_tokens"] + log["served_tokens"]
         if row["outcome"] == "error":
             assert row["charged"] >= log["prompt_tokens"] + stream.tokens
-    assert sum(row["charged"] for row in rows.values()) == 1_000_000 - balance.available
     async with gateway.stores() as stores:
+        await until(lambda: books_agree(stores, key))  # what was swept is corrected when the worker says more
         assert {await terminal_entries(stores, stream.session) for stream in made} == {(1, 1)}
         assert await leases(stores, key) == []
     await ready(gateway)

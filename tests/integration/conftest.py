@@ -7,12 +7,21 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
+from tests.support.cli import data_dir_fixture, document_fixture, run_fixture
 from tests.support.postgres import empty_database_fixture, ledger_database_fixture, postgres_server_fixture
 from tests.support.redis_server import RedisServer
 from tests.support.stack import stack_fixture
 from tests.support.valkey import Stand, stand_on, valkey
 
-__all__ = ["empty_database_fixture", "ledger_database_fixture", "postgres_server_fixture", "stack_fixture"]
+__all__ = [
+    "data_dir_fixture",
+    "document_fixture",
+    "empty_database_fixture",
+    "ledger_database_fixture",
+    "postgres_server_fixture",
+    "run_fixture",
+    "stack_fixture",
+]
 
 
 @pytest.fixture(scope="module")

@@ -23,52 +23,15 @@ import pytest
 
 from accounts import keys
 from accounts.key_store import KeyStore
-from gateway.cli import demo, main
+from gateway.cli import demo
 from gateway.cli.app import root
 from gateway.cli.context import Context, with_stores
 from metering.journal import Flusher
 from metering.keys import SHARDS
 from metering.ledger import AccountRef, Held, HoldRequest, SessionRef
-from storage.embedded import stores_for
+from tests.support.cli import Run
 
 HEAVY = {"asyncpg", "sqlalchemy", "alembic", "hiredis", "redis", "msgspec", "rich", "litestar", "tiktoken", "httpx2"}
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module")
-def data_dir() -> Iterator[Path]:
-    """A running pair of stores that commands attach to."""
-    with tempfile.TemporaryDirectory(prefix="tgcli-", dir="/tmp") as name:
-        Path(name).chmod(0o755)
-        folder = Path(name) / "data"
-        with stores_for(folder):
-            yield folder
-
-
-@pytest.fixture
-def run(data_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    for name in ("REDIS_URL", "DATABASE_URL", "TOLLGATE_SECRET", "TOLLGATE_CONFIG"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("TOLLGATE_DATA_DIR", str(data_dir))
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        capfd.readouterr()
-        code = main(arguments)
-        return code, *capfd.readouterr()
-
-    return call
-
-
-@pytest.fixture
-def document(run: Run) -> Callable[..., Any]:
-    """Run a command with --json; it must succeed, print exactly one document, and nothing beside it."""
-
-    def call(*arguments: str) -> Any:
-        code, out, err = run(*arguments, "--json")
-        assert (code, err) == (0, "")
-        return json.loads(out)
-
-    return call
 
 
 def on_stores(data_dir: Path, work: Callable[[Context], Awaitable[Any]]) -> Any:
@@ -88,8 +51,9 @@ LEAVES = [path for path, _ in leaves(root)]
 
 def test_all_commands_are_there() -> None:
     assert {" ".join(path) for path in LEAVES} == {
-        "serve", "simulate", "db upgrade", "accounts create", "accounts show", "keys create", "keys list",
-        "keys revoke", "credits grant", "credits show", "sessions list", "audit",
+        "serve", "simulate", "db upgrade", "accounts create", "accounts show", "accounts policy", "keys create",
+        "keys list", "keys revoke", "credits grant", "credits adjust", "credits show", "grants list", "grants revoke",
+        "sessions list", "audit", "rebuild",
     }  # fmt: skip
 
 
@@ -234,6 +198,10 @@ def test_the_audit_passes_and_fails_on_one_micro(document: Callable[..., Any], r
         (("credits", "grant", "x", "NaN"), 2, "at most six decimals"),
         (("credits", "grant", "x", "--", "-1"), 2, "more than 0"),
         (("credits", "grant", "x", "1", "--expires", "soon"), 2, "2026-12-31"),
+        (("credits", "adjust", "x", "-0"), 2, "more than 0"),
+        (("credits", "adjust", "x", "--5"), 2, "one sign"),
+        (("credits", "adjust", "nobody", "-5"), 1, "no account with the id or name 'nobody'"),
+        (("grants", "revoke", "nothing"), 1, "grant nothing: there is none with this id"),
         (("nonsense",), 2, "No such command"),
     ],
 )  # fmt: skip

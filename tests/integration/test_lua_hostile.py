@@ -17,6 +17,11 @@ AMOUNTS = {
     "settle": ("charge",),
     "grant": ("credit", "priority", "expiry", "created"),
     "due": ("limit",),
+    "expiring": ("limit",),
+    "take": ("debit",),
+    "policy": ("limit", "revision"),
+    "correct": ("charge",),
+    "reassert": ("fence", "q", "metered", "want", "prompt", "lease"),
     "init": ("ep",),
 }
 IDS = {
@@ -27,8 +32,15 @@ IDS = {
     "sweep": ("sid",),
     "grant": ("uid", "gid"),
     "audit": ("uid",),
+    "expire": ("uid", "gid"),
+    "revoke": ("uid", "gid"),
+    "take": ("uid", "change"),
+    "policy": ("uid",),
+    "correct": ("sid",),
+    "reassert": ("uid", "sid", "kid"),
 }
-WRITERS = ("reserve", "progress", "settle", "void", "sweep", "grant")
+WRITERS = ("reserve", "progress", "settle", "void", "sweep", "grant", "expire", "revoke", "take", "policy", "correct",
+           "freeze", "reassert")  # fmt: skip
 POISON_CASES = [
     (name, key)
     for name, keys in {
@@ -38,6 +50,13 @@ POISON_CASES = [
         "void": ("meta", "account", "grants", "session", "leases", "limits", "outbox"),
         "sweep": ("meta", "account", "order", "grants", "session", "leases", "limits", "outbox"),
         "grant": ("meta", "account", "order", "grants", "expiries", "outbox"),
+        "expire": ("meta", "account", "order", "grants", "expiries", "outbox"),
+        "revoke": ("meta", "account", "order", "grants", "expiries", "outbox"),
+        "take": ("meta", "account", "order", "grants", "outbox"),
+        "policy": ("meta", "account", "outbox"),
+        "correct": ("meta", "account", "order", "grants", "session", "outbox"),
+        "freeze": ("meta",),
+        "reassert": ("meta", "account", "order", "grants", "session", "leases", "limits"),
     }.items()
     for key in keys
 ]
@@ -47,12 +66,17 @@ async def prepare(stand: Stand, script: str) -> None:
     """A state in which the script, with its valid arguments, writes every key that it can write."""
     await stand.grant("g0", 500, priority=1, expires_ms=WALL + 60_000)
     await stand.grant("g9", 500, priority=2)
-    if script in ("reserve", "grant"):
+    if script == "expire":
+        await stand.tick(60_000)
+    if script in ("reserve", "grant", "expire", "revoke", "take", "policy", "freeze", "reassert"):
         return
     await stand.hold("s1", 100)
     if script == "sweep":
         await stand.run("progress", metered="1200", want="100")
         await stand.tick(15_000)
+    if script == "correct":
+        await stand.tick(15_000)
+        await stand.run("sweep")
 
 
 GENEROUS = {
@@ -60,6 +84,9 @@ GENEROUS = {
     "progress": {"want": "700"},
     "settle": {"charge": "1200"},  # more than there is: the excess path, both grants run dry
     "grant": {"expiry": str(WALL + 9)},
+    "expire": {"gid": "g0"},
+    "revoke": {"gid": "g0"},
+    "correct": {"charge": "1200"},
 }
 
 
@@ -82,25 +109,24 @@ async def test_the_same_call_on_healthy_keys_writes_all_of_them(stand: Stand, sc
     await stand.tick(1)
     before = await stand.state()
     reply = await stand.run(script, **GENEROUS.get(script, {}))
-    assert reply[0] in (b"HELD", b"OK", b"SETTLED", b"GRANTED")
+    assert reply[0] in (b"HELD", b"OK", b"SETTLED", b"GRANTED", b"EXPIRED", b"REVOKED", b"TAKEN", b"SET", b"CORRECTED",
+                        b"FROZEN")  # fmt: skip
     after = await stand.state()
     written = {
         key for name, key in POISON_CASES if name == script
         if before.get(str(stand.keys(script)[key]).encode()) != after.get(str(stand.keys(script)[key]).encode())
     }  # fmt: skip
-    read_only = {"order"} if script in ("reserve", "progress") else set()
+    read_only = {"order"} if script in ("reserve", "progress", "reassert") else set()
     assert {key for name, key in POISON_CASES if name == script} - written == read_only
 
 
-@pytest.mark.parametrize(("script", "field"), [("settle", "n"), ("sweep", "n"), ("grant", "n"), ("void", "n")])
-async def test_an_outbox_that_is_ahead_of_the_sequence_stops_the_write_whole(
-    stand: Stand, script: str, field: str
-) -> None:
+@pytest.mark.parametrize("script", [name for name, key in POISON_CASES if key == "outbox"])
+async def test_an_outbox_that_is_ahead_of_the_sequence_stops_the_write_whole(stand: Stand, script: str) -> None:
     await prepare(stand, script)
     await stand.client.call("XADD", stand.at.outbox, "1-99", "t", "alien")
     before = await stand.state()
     with pytest.raises(RedisReplyError, match="ID specified in XADD"):
-        await stand.run(script)
+        await stand.run(script, **GENEROUS.get(script, {}))
     assert await stand.state() == before
 
 
@@ -152,7 +178,7 @@ async def test_an_absurd_limit_is_refused_and_changes_nothing(stand: Stand, fiel
 
 
 @pytest.mark.parametrize("value", ABSURD)
-@pytest.mark.parametrize("script", ["progress", "settle", "void"])
+@pytest.mark.parametrize("script", ["progress", "settle", "void", "correct"])
 async def test_an_absurd_fence_opens_nothing(stand: Stand, script: str, value: str) -> None:
     await prepare(stand, script)
     before = await stand.state()
@@ -185,7 +211,16 @@ async def test_a_past_session_with_a_separator_is_refused_and_changes_nothing(st
 
 @pytest.mark.parametrize(
     ("script", "field"),
-    [("progress", "uid"), ("settle", "uid"), ("settle", "kid"), ("void", "uid"), ("void", "kid"), ("sweep", "kid")],
+    [
+        ("progress", "uid"),
+        ("settle", "uid"),
+        ("settle", "kid"),
+        ("void", "uid"),
+        ("void", "kid"),
+        ("sweep", "kid"),
+        ("correct", "uid"),
+        ("correct", "kid"),
+    ],
 )
 async def test_a_session_is_ended_only_in_the_name_of_its_account_and_key(
     stand: Stand, script: str, field: str
@@ -237,7 +272,7 @@ async def test_too_few_or_too_many_words_are_refused(stand: Stand, script: str) 
     assert await stand.state() == before
 
 
-@pytest.mark.parametrize("script", [name for name in NAMES if name != "init"])
+@pytest.mark.parametrize("script", [name for name in NAMES if name not in ("init", "freeze")])
 @pytest.mark.parametrize("epoch", ["missing", "other", "frozen"])
 async def test_another_epoch_stops_every_script(stand: Stand, script: str, epoch: str) -> None:
     await prepare(stand, script)

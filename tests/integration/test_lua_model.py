@@ -3,173 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
 from typing import Any
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from metering.ledger import (
-    Gone,
-    Granted,
-    GrantRefused,
-    GrantRequest,
-    Held,
-    KeyLimits,
-    Progressed,
-    Refused,
-    SessionRef,
-    Settled,
-)
+from metering.ledger import Gone, GrantRequest, KeyLimits, Refused, SessionRef
+from tests.support.lua_model import LEASE_MS, SLOTS, Model
 from tests.support.redis_server import RedisServer
-from tests.support.valkey import SHARD, WALL, Stand, stand_on, valkey
+from tests.support.valkey import SHARD, Stand, stand_on, valkey
 
-LEASE_MS = 15_000
-SLOTS = 3
 AMOUNTS = st.integers(0, 400) | st.sampled_from([1, 10**15, 10**14])
 SIDS = st.integers(0, 9).map(lambda n: f"n{n}")
 GIDS = st.integers(0, 7).map(lambda n: f"g{n}")
-
-
-@dataclass
-class Grant:
-    """i = a + h + c + x."""
-
-    order: tuple[int, int, int, str]
-    issued: int
-    a: int
-    expires: int
-    h: int = 0
-    c: int = 0
-    x: int = 0
-
-    def live(self, now: int) -> bool:
-        return self.expires == 0 or self.expires > now
-
-
-@dataclass
-class Session:
-    state: str
-    slices: dict[str, int] = field(default_factory=dict)
-    fence: int = 0
-    lease: int = 0
-    q: int = 0
-    metered: int = 0
-    charged: int = 0
-    absorbed: int = 0
-    entry: int = 0
-    outcome: str = ""
-
-    @property
-    def hold(self) -> int:
-        return sum(self.slices.values())
-
-
-class Model:
-    """What the ledger means, in Python's integers."""
-
-    def __init__(self) -> None:
-        self.now = WALL
-        self.grants: dict[str, Grant] = {}
-        self.sessions: dict[str, Session] = {}
-        self.n = 0
-        self.charged = 0
-
-    @property
-    def available(self) -> int:
-        return sum(grant.a for grant in self.grants.values())
-
-    @property
-    def held(self) -> int:
-        return sum(session.hold for session in self.open().values())
-
-    def open(self) -> dict[str, Session]:
-        return {sid: session for sid, session in self.sessions.items() if session.state == "H"}
-
-    def take(self, need: int) -> dict[str, int]:
-        """What the grants in burn order would give."""
-        out: dict[str, int] = {}
-        for gid, grant in sorted(self.grants.items(), key=lambda pair: pair[1].order):
-            give = min(grant.a, need - sum(out.values())) if grant.live(self.now) else 0
-            if give > 0:
-                out[gid] = give
-        return out
-
-    def hold(self, session: Session, taken: dict[str, int]) -> None:
-        for gid, amount in taken.items():
-            self.grants[gid].a -= amount
-            self.grants[gid].h += amount
-            session.slices[gid] = session.slices.get(gid, 0) + amount
-
-    def reserve(self, sid: str, want: int, minimum: int) -> Held | Refused:
-        past = self.sessions.get(sid)
-        if past is not None and past.state == "H":
-            return Held(past.hold, self.available, past.fence, max(0, past.lease - self.now), repeated=True)
-        if past is not None:
-            return Refused("tombstone" if past.state == "V" else "finished", self.available, self.held)
-        if len(self.open()) >= SLOTS:
-            return Refused("parallel", self.available, self.held, 1_000)
-        taken = self.take(want)
-        got = sum(taken.values())
-        if got < minimum:
-            in_flight = got + self.held >= minimum
-            return Refused("in_flight" if in_flight else "balance", got, self.held, 1_000 if in_flight else 0)
-        session = self.sessions[sid] = Session("H", fence=self.now, lease=self.now + LEASE_MS)
-        self.hold(session, taken)
-        return Held(got, self.available, self.now, LEASE_MS)
-
-    def progress(self, sid: str, q: int, metered: int, want: int) -> Progressed | Gone:
-        session = self.sessions.get(sid)
-        if session is None or session.state == "V":
-            return Gone("unknown")
-        if session.state == "T":
-            return Gone("final", session.charged)
-        if not (q > session.q and metered >= session.metered) and (q, metered) != (session.q, session.metered):
-            return Progressed(session.hold, self.available, applied=False)
-        session.q, session.metered, session.lease = q, metered, self.now + LEASE_MS
-        self.hold(session, self.take(max(0, want - session.hold)))
-        return Progressed(session.hold, self.available)
-
-    def end(self, session: Session, charge: int, outcome: str) -> Settled:
-        left = charge
-        for gid, amount in session.slices.items():
-            grant, spent = self.grants[gid], min(amount, left)
-            left -= spent
-            grant.h -= amount
-            grant.c += spent
-            if grant.live(self.now):
-                grant.a += amount - spent
-            else:
-                grant.x += amount - spent
-        for gid, amount in self.take(left).items():
-            self.grants[gid].a -= amount
-            self.grants[gid].c += amount
-            left -= amount
-        self.n += 1
-        self.charged += charge - left
-        session.state, session.slices, session.entry, session.outcome = "T", {}, self.n, outcome
-        session.charged, session.absorbed = charge - left, left
-        return Settled(session.charged, left, self.available, self.n)
-
-    def repeat(self, session: Session) -> Settled:
-        return Settled(session.charged, session.absorbed, self.available, session.entry, repeated=True)
-
-    def settle(self, sid: str, charge: int) -> Settled | Gone:
-        session = self.sessions.get(sid)
-        if session is None or session.state == "V":
-            return Gone("unknown")
-        if session.state == "T":
-            return Gone("final", session.charged) if session.outcome == "swept" else self.repeat(session)
-        return self.end(session, charge, "completed")
-
-    def void(self, sid: str) -> Settled | Gone:
-        session = self.sessions.setdefault(sid, Session("V"))
-        if session.state == "V":
-            return Gone("unknown")
-        if session.state == "T":
-            return self.repeat(session) if session.outcome == "void" else Gone("final", session.charged)
-        return self.end(session, 0, "void")
 
 
 class Rig:
@@ -188,7 +35,6 @@ class LedgerMachine(RuleBasedStateMachine):
         self.context = stand_on(self.rig.server)
         self.stand: Stand = self.run(self.context.__aenter__())
         self.model = Model()
-        self.issued: dict[str, tuple[int, int, int]] = {}
 
     def run(self, call: Any) -> Any:
         return self.rig.runner.run(call)
@@ -202,23 +48,34 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(gid=GIDS, amount=AMOUNTS, priority=st.sampled_from([1, 50]), lives=st.sampled_from([0, 5, 1_000, 20_000]))
     def grant(self, gid: str, amount: int, priority: int, lives: int) -> None:
-        model = self.model
-        expires, stored = (model.now + lives if lives else 0), self.issued.get(gid)
-        answer = self.run(
-            self.stand.ledger.grant(GrantRequest(gid, self.stand.account, amount, priority, expires, model.now))
-        )
-        if amount == 0:
-            assert answer == GrantRefused("bounds")
-        elif stored is not None and stored[:2] != (amount, expires):
-            assert answer == GrantRefused("conflict")
-        elif stored is not None:
-            assert answer == Granted(model.available, stored[2], 0, repeated=True)
-        else:
-            model.n += 1
-            order = (priority, expires or 10**15 - 1, model.now, gid)
-            model.grants[gid] = Grant(order, amount, amount, expires)
-            self.issued[gid] = (amount, expires, model.n)
-            assert answer == Granted(model.available, model.n, 0)
+        now, account = self.model.now, self.stand.account
+        expires = now + lives if lives else 0
+        answer = self.run(self.stand.ledger.grant(GrantRequest(gid, account, amount, priority, expires, now)))
+        assert answer == self.model.grant(gid, amount, priority, expires)
+
+    @rule()
+    def expire(self) -> None:
+        _, expired = self.run(self.stand.ledger.expire_due(SHARD, 50))
+        assert [(one.grant, one.amount, one.entry) for one in expired] == self.model.expire()
+
+    @rule(gid=GIDS)
+    def revoke(self, gid: str) -> None:
+        assert self.run(self.stand.ledger.revoke(self.stand.account, gid)) == self.model.revoke(gid)
+
+    @rule(data=st.data())
+    @precondition(lambda self: any(grant.h for grant in self.model.grants.values()))
+    def revoke_what_is_held(self, data: st.DataObject) -> None:
+        held = sorted(gid for gid, grant in self.model.grants.items() if grant.h)
+        self.revoke(data.draw(st.sampled_from(held)))
+
+    @rule(change=st.sampled_from(["j1", "j2", "g1"]), amount=AMOUNTS, whole=st.booleans())
+    def take(self, change: str, amount: int, whole: bool) -> None:
+        answer = self.run(self.stand.ledger.take(self.stand.account, change, amount, whole=whole))
+        assert answer == self.model.adjust(change, amount, whole)
+
+    @rule(over=st.sampled_from([-1, 0, 1]), whole=st.booleans())
+    def take_at_a_boundary(self, over: int, whole: bool) -> None:
+        self.take(f"k{self.model.n}", max(0, sum(self.model.take(2**53).values()) + over), whole)
 
     @initialize()
     def begin_with_credit(self) -> None:
@@ -316,9 +173,9 @@ class LedgerMachine(RuleBasedStateMachine):
         grants, balance = seen.grants, seen.balance
         for gid, grant in model.grants.items():
             state = grants[gid]
-            parts = (state.available, state.held, state.consumed, state.expired)
-            assert parts == (grant.a, grant.h, grant.c, grant.x)
-            assert state.issued == sum(parts) + state.voided  # I1
+            parts = (state.available, state.held, state.consumed, state.expired, state.voided)
+            assert parts == (grant.a, grant.h, grant.c, grant.x, grant.v)
+            assert (state.issued, state.revoked) == (sum(parts), grant.revoked)  # I1
             assert min(parts) >= 0
         assert balance.available == sum(state.available for state in grants.values())  # I2
         holds = {sid: session.held for sid, session in seen.sessions.items()}
@@ -329,9 +186,8 @@ class LedgerMachine(RuleBasedStateMachine):
         issued = sum(state.issued - state.expired - state.voided for state in grants.values())
         assert balance.available == issued - consumed - balance.held  # I5
         assert consumed == balance.charged - balance.debt == model.charged
-        dry = {gid for gid, grant in model.grants.items() if grant.a == 0 and grant.h == 0}
-        order = [gid for gid, _ in sorted(model.grants.items(), key=lambda pair: pair[1].order) if gid not in dry]
-        assert list(seen.burn_order) == order
+        assert grants.keys() == model.grants.keys()
+        assert list(seen.burn_order) == model.burn_order()
         self.check_sessions()
         self.check_journal()
 
@@ -353,10 +209,25 @@ class LedgerMachine(RuleBasedStateMachine):
         settled = [fields for _, fields in entries if fields["t"] == "settle"]
         assert len({fields["s"] for fields in settled}) == len(settled)
         for fields in settled:
-            spent = sum(int(part.partition("=")[2]) for part in fields["sl"].split(",") if part)
+            spent = sum(slices(fields["sl"]).values())
             session = self.model.sessions[fields["s"]]
             assert int(fields["c"]) == spent + int(fields["d"]) == session.charged  # I9
             assert int(fields["ab"]) == session.absorbed
+        lost: dict[str, list[int]] = {gid: [0, 0] for gid in self.model.grants}  # expired, voided
+        for _, fields in entries:
+            if fields["t"] in ("expire", "revoke") and fields["g"] in lost:
+                lost[fields["g"]][fields["t"] == "revoke"] += int(fields["a"])
+            for name, place in (("br", 0), ("vd", 1), ("sl", 1)):
+                if name in fields and (name != "sl" or fields["t"] == "adjust"):
+                    for gid, amount in slices(fields[name]).items():
+                        lost[gid][place] += amount
+        assert lost == {gid: [grant.x, grant.v] for gid, grant in self.model.grants.items()}
+
+
+def slices(listed: str) -> dict[str, int]:
+    """`gid=amount,gid=amount` as a mapping."""
+    parts = (part.partition("=") for part in listed.split(",") if part)
+    return {gid: int(amount) for gid, _, amount in parts}
 
 
 async def _replies(call: Any) -> Any:

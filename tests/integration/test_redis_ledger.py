@@ -27,6 +27,7 @@ from metering.ledger import (
 )
 from metering.redis_ledger import RedisLedger
 from metering.scripts import Word
+from metering.server_check import VERIFIED_KEY
 from storage.redis_client import RedisClient
 from tests.support.redis_server import RedisServer
 from tests.support.valkey import SHARD, WALL, Stand, stand_on, valkey
@@ -182,11 +183,20 @@ async def test_a_shard_that_was_never_made_is_frozen_until_it_is_made(stand: Sta
     assert (await stand.ledger.balance(elsewhere)).available == 5
 
 
-async def test_restarting_after_a_rebuild_takes_the_new_epoch(stand: Stand) -> None:
+@pytest.mark.parametrize("closed", ["frozen", "not open", "not verified"])
+async def test_a_rebuilt_shard_is_used_in_its_new_epoch_once_it_is_open(stand: Stand, closed: str) -> None:
+    shut, opened = {
+        "frozen": (("HSET", stand.at.meta, "ep", -1), ("HSET", stand.at.meta, "ep", 2)),
+        "not open": (("HSET", stand.at.meta, "ep", 2, "fz", 1), ("HDEL", stand.at.meta, "fz")),
+        "not verified": (("SET", VERIFIED_KEY, "another"), ("DEL", VERIFIED_KEY)),
+    }[closed]
     await stand.client.call("HSET", stand.at.meta, "ep", 2)
+    await stand.client.call(*shut)
     with pytest.raises(LedgerFrozen):
         await stand.ledger.reserve(stand.request("s1", 0))
-    await stand.ledger.start()
+    with pytest.raises(LedgerFrozen):
+        await stand.ledger.balance(stand.account)
+    await stand.client.call(*opened)
     ref = await stand.hold("s1", 0)
     await stand.ledger.settle(ref, 0, "completed")
     assert [name for name, _ in await stand.entries()] == ["2-1"]

@@ -163,10 +163,20 @@ async def leases(stores: Stores, key: Key) -> list[bytes]:
 
 
 async def terminal_entries(stores: Stores, session: str) -> tuple[int, int]:
-    """How many journal entries and session rows the session has in Postgres."""
-    entries = await stores.pool.fetchval("SELECT count(*) FROM entry WHERE sid = $1", session)
+    """How many terminal journal entries and session rows the session has in Postgres."""
+    entries = await stores.pool.fetchval("SELECT count(*) FROM entry WHERE sid = $1 AND type = 'settle'", session)
     rows = await stores.pool.fetchval("SELECT count(*) FROM session WHERE sid = $1", session)
     return entries, rows
+
+
+async def books_agree(stores: Stores, key: Key) -> bool:
+    """Whether sessions and corrections in Postgres come to what the account was charged."""
+    rows = await stores.pool.fetchval(
+        "SELECT sum(charged) FROM (SELECT charged FROM session WHERE account_id = $1 "
+        "UNION ALL SELECT charged FROM correction WHERE account_id = $1) each",
+        key.account.id,
+    )
+    return bool(rows == (await stores.ledger.balance(key.account)).charged)
 
 
 def server_pid(gateway: Gateway, name: str) -> int | None:

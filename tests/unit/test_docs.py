@@ -32,7 +32,7 @@ def section(name: str) -> str:
 @pytest.mark.parametrize("name", TABLES)
 def test_every_key_is_documented_and_every_documented_key_exists(name: str) -> None:
     rows = [line.split("|")[1] for line in section(name).splitlines() if line.startswith("| `")]
-    assert sorted(key for row in rows for key in re.findall(r"`([a-z_]+)`", row)) == sorted(
+    assert sorted(key for row in rows for key in re.findall(r"`([a-z0-9_]+)`", row)) == sorted(
         TABLES[name].__struct_fields__
     )
 

@@ -11,14 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from metering.journal_fields import Poison, month_of
 from metering.journal_rows import (
     CONSUMPTION_COLUMNS,
     ENTRY_COLUMNS,
     SESSION_COLUMNS,
-    Poison,
     Rows,
     entry_id,
-    month_of,
     pairs,
     payload,
 )
@@ -42,6 +41,14 @@ def grant(**changed: bytes | None) -> dict[bytes, bytes]:
         b"t": b"grant", b"u": b"acc", b"ts": b"1795000000000", b"g": b"g1", b"a": b"100", b"p": b"50", b"e": b"0",
         b"f": b"1795000000000", b"rp": b"0",
     }  # fmt: skip
+    fields |= {name.encode(): value for name, value in changed.items()}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def change(kind: bytes, **changed: bytes | None) -> dict[bytes, bytes]:
+    """An entry of type expire, revoke or adjust."""
+    fields: dict[bytes, bytes | None] = {b"t": kind, b"u": b"acc", b"ts": b"1795000000000", b"a": b"30"}
+    fields |= {b"j": b"j1", b"sl": b"g1=10,g2=20"} if kind == b"adjust" else {b"g": b"g1"}
     fields |= {name.encode(): value for name, value in changed.items()}
     return {name: value for name, value in fields.items() if value is not None}
 
@@ -70,8 +77,8 @@ def test_a_settlement_moves_consumption_absorption_and_breakage_in_double_entry(
     }  # fmt: skip
     assert [row[3] for row in rows.posting] == list(range(len(rows.posting)))
     assert [dict(zip(CONSUMPTION_COLUMNS, row, strict=True)) for row in rows.consumption] == [
-        {"shard": 7, "ep": 1, "n": 42, "grant_id": "g1", "amount": 50, "breakage": 3},
-        {"shard": 7, "ep": 1, "n": 42, "grant_id": "g2", "amount": 20, "breakage": 0},
+        {"shard": 7, "ep": 1, "n": 42, "grant_id": "g1", "amount": 50, "breakage": 3, "voided": 0},
+        {"shard": 7, "ep": 1, "n": 42, "grant_id": "g2", "amount": 20, "breakage": 0, "voided": 0},
     ]
     assert dict(zip(ENTRY_COLUMNS, rows.entry[0], strict=True)) == {
         "shard": 7, "ep": 1, "n": 42, "type": "settle", "account_id": "acc", "sid": SID,
@@ -106,7 +113,44 @@ def test_a_grant_is_issued_to_the_user_and_confirmed() -> None:
 def test_a_grant_that_repays_debt_is_partly_consumed() -> None:
     rows = converted(grant(rp=b"30"))
     assert ledgers(rows) == {"issuance": -100, "user:avail:g1": 70, "user:debt": 30}
-    assert rows.consumption == [(7, 1, 42, "g1", 30, 0)]
+    assert rows.consumption == [(7, 1, 42, "g1", 30, 0, 0)]
+
+
+def test_what_a_settlement_gives_back_to_a_revoked_grant_is_voided() -> None:
+    rows = converted(settle(vd=b"g2=8,g3=1"))
+    assert ledgers(rows) == {
+        "user:avail:g1": -53, "user:avail:g2": -28, "user:avail:g3": -1, "house:absorbed": -5, "earned": 75,
+        "breakage": 3, "issuance": 9,
+    }  # fmt: skip
+    assert {row[3]: row[4:] for row in rows.consumption} == {"g1": (50, 3, 0), "g2": (20, 0, 8), "g3": (0, 0, 1)}
+
+
+def test_what_expires_becomes_breakage() -> None:
+    rows = converted(change(b"expire"))
+    assert ledgers(rows) == {"user:avail:g1": -30, "breakage": 30}
+    assert rows.consumption == [(7, 1, 42, "g1", 0, 30, 0)]
+    assert dict(zip(ENTRY_COLUMNS, rows.entry[0], strict=True))["type"] == "expire"
+    assert rows.confirmed == rows.revoked == rows.adjusted == []
+
+
+def test_a_revocation_takes_the_rest_back_and_is_confirmed() -> None:
+    rows = converted(change(b"revoke"))
+    assert ledgers(rows) == {"user:avail:g1": -30, "issuance": 30}
+    assert (rows.consumption, rows.revoked) == ([(7, 1, 42, "g1", 0, 0, 30)], [("g1", 1, 42)])
+
+
+def test_an_adjustment_takes_from_its_grants_and_is_confirmed() -> None:
+    rows = converted(change(b"adjust"))
+    assert ledgers(rows) == {"user:avail:g1": -10, "user:avail:g2": -20, "issuance": 30}
+    assert rows.consumption == [(7, 1, 42, "g1", 0, 0, 10), (7, 1, 42, "g2", 0, 0, 20)]
+    assert rows.adjusted == [("j1", 1, 42)]
+
+
+@pytest.mark.parametrize("fields", [change(b"revoke", a=b"0"), change(b"adjust", a=b"0", sl=b"")])
+def test_a_change_that_found_nothing_is_confirmed_and_moves_nothing(fields: dict[bytes, bytes]) -> None:
+    rows = converted(fields)
+    assert (len(rows.entry), rows.posting, rows.consumption) == (1, [], [])
+    assert rows.revoked + rows.adjusted in ([("g1", 1, 42)], [("j1", 1, 42)])
 
 
 def test_metadata_fills_the_columns_that_it_names() -> None:
@@ -167,6 +211,10 @@ def test_json_that_is_no_object_is_kept() -> None:
         settle(u=b"a" * 65), settle(s=None), settle(k=None), settle(o=b"refunded"), settle(o=None),
         settle(ab=b"9007199254740992"), settle(d=b"-5"), settle(ts=b"253402300800000"), settle(st=b"now"),
         settle(pv=b"a b"), settle(pv=b"\x00"), grant(a=b"0"), grant(rp=b"101"), grant(g=b"g:1"), grant(ts=None),
+        settle(vd=b"g1=x"), settle(vd=b"g1=1,g1=1"), change(b"expire", a=b"0"), change(b"expire", a=b"-1"),
+        change(b"expire", g=None), change(b"revoke", a=None), change(b"revoke", g=b"g|1"), change(b"revoke", ts=None),
+        change(b"revoke", u=b""), change(b"adjust", a=b"31"), change(b"adjust", sl=b"g1=10,g1=20"),
+        change(b"adjust", j=None), change(b"adjust", j=b"a b"), change(b"adjust", sl=None),
     ],
 )  # fmt: skip
 def test_an_entry_whose_money_cannot_be_read_is_poison_and_adds_nothing(fields: dict[bytes, bytes]) -> None:
@@ -191,11 +239,17 @@ def test_any_bytes_either_balance_or_are_poison(changed: dict[bytes, bytes]) -> 
     spent=st.dictionaries(st.sampled_from(["a", "b", "c"]), st.integers(1, 2**50)),
     broken=st.dictionaries(st.sampled_from(["a", "d"]), st.integers(1, 2**50)),
     repaid=st.dictionaries(st.sampled_from(["b", "e"]), st.integers(1, 2**50)),
+    voided=st.dictionaries(st.sampled_from(["c", "f"]), st.integers(1, 2**50)),
     debt=st.integers(0, 2**50),
     absorbed=st.integers(0, 2**50),
 )
 def test_every_settlement_sums_to_zero_and_its_consumption_equals_its_postings(
-    spent: dict[str, int], broken: dict[str, int], repaid: dict[str, int], debt: int, absorbed: int
+    spent: dict[str, int],
+    broken: dict[str, int],
+    repaid: dict[str, int],
+    voided: dict[str, int],
+    debt: int,
+    absorbed: int,
 ) -> None:
     def listed(parts: dict[str, int]) -> bytes:
         return ",".join(f"{gid}={amount}" for gid, amount in parts.items()).encode()
@@ -203,12 +257,12 @@ def test_every_settlement_sums_to_zero_and_its_consumption_equals_its_postings(
     charged = sum(spent.values()) + debt
     rows = converted(
         settle(
-            sl=listed(spent), br=listed(broken), rp=listed(repaid),
+            sl=listed(spent), br=listed(broken), rp=listed(repaid), vd=listed(voided),
             c=b"%d" % charged, d=b"%d" % debt, ab=b"%d" % absorbed,
         )
     )  # fmt: skip
     assert sum(row[5] for row in rows.posting) == 0
-    taken = {f"user:avail:{row[3]}": -(row[4] + row[5]) for row in rows.consumption}
+    taken = {f"user:avail:{row[3]}": -sum(row[4:]) for row in rows.consumption}
     assert taken == {name: amount for name, amount in ledgers(rows).items() if name.startswith("user:avail:")}
 
 

@@ -56,8 +56,12 @@ def test_every_answer_is_named_in_the_header_and_every_named_answer_is_given(nam
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_only_what_frees_credit_runs_out_of_memory_and_only_reads_are_marked_as_reads(name: str) -> None:
-    flags = {"settle": "allow-oom", "void": "allow-oom", "sweep": "allow-oom", "due": "no-writes", "audit": "no-writes"}
+def test_scripts_are_marked_that_may_run_out_of_memory_and_those_that_only_read(
+    name: str,
+) -> None:
+    flags = dict.fromkeys(("settle", "void", "sweep", "freeze"), "allow-oom") | dict.fromkeys(
+        ("due", "audit", "expiring"), "no-writes"
+    )
     first = LOADED[name].text.split("\n", 1)[0]
     assert first == ("#!lua" + (f" flags={flags[name]}" if name in flags else ""))
 

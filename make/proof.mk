@@ -1,0 +1,12 @@
+# Proofs that take longer than `make test` may. Included by the Makefile, which owns `.venv`.
+
+# ---- make simulate: the session core on a loop without sockets, one seed per schedule (tests/support/simulation/) ----
+.PHONY: simulate
+simulate: .venv/.installed ## seeded schedules of the session core (SIMULATE_SCHEDULES=100000 SEED=n, REPLAY=n for one)
+	@SIMULATE_SCHEDULES=$(SIMULATE_SCHEDULES) SEED=$(SEED) SIMULATE_PROCESSES=$(SIMULATE_PROCESSES) \
+	  .venv/bin/python -m tests.support.simulation $(if $(REPLAY),--seed $(REPLAY))
+
+# ---- make prove-lua: microseconds of the server for each of the ledger's busy scripts ----
+.PHONY: prove-lua
+prove-lua: .venv/.installed ## what the ledger's scripts cost the server, in microseconds
+	@.venv/bin/python -m tests.support.lua_cost

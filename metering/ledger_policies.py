@@ -1,0 +1,35 @@
+"""The ledger's verb on an account's policy: what it may do when its grants are used up.
+
+Must not: retry (the verb is idempotent, its caller may), or decide who gets credit.
+"""
+
+from __future__ import annotations
+
+from metering import ledger_replies
+from metering.keys import SHARDS
+from metering.ledger import PolicyChange, PolicySet
+from metering.ledger_accounts import AccountLedger
+
+
+class PolicyLedger(AccountLedger):
+    """One process's ledger, as far as accounts, grants and policies go."""
+
+    async def set_policy(self, change: PolicyChange) -> PolicySet:
+        """Set an account's policy and limit, once per revision; an older revision changes nothing.
+
+        Raises LedgerUnavailable (repeat it), LedgerFrozen, LedgerError (a value is out of its bounds)."""
+        shard, script = SHARDS[change.account.shard], self._scripts["policy"]
+        words = script.place(
+            {"meta": shard.meta, "account": shard.account + change.account.id, "outbox": shard.outbox},
+            {
+                "ep": await self._epoch_of(shard.number),
+                "uid": change.account.id,
+                "policy": change.policy,
+                "limit": change.limit,
+                "revision": change.revision,
+            },
+        )
+        reply = await self._run(script, words)
+        if reply[0] == b"BOUNDS":
+            raise ledger_replies.refused(script, reply)
+        return PolicySet(reply[0] != b"STALE", *(int(part) for part in reply[1:4]))

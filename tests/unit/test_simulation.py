@@ -1,0 +1,120 @@
+"""The session core under 2,000 seeded schedules, and schedules that once showed a fault, by name.
+
+`make simulate` runs a hundred thousand. A failure names its seed; `make simulate REPLAY=<seed>` runs it again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from proxy.session import Ending
+from tests.support.simulation.runs import batch, never_reached
+from tests.support.simulation.schedule import Schedule, entered
+from tests.support.simulation.world import Case
+
+PAST_FENCE_S = 10.0
+FIRST, SCHEDULES = 0, 2_000
+
+
+def test_no_schedule_breaks_a_promise_and_every_ending_is_reached() -> None:
+    reached, _, failed = batch(FIRST, SCHEDULES)
+    assert failed == []
+    assert never_reached(reached) == []
+    assert reached.total() > SCHEDULES / 2  # else the schedules are too busy with other things
+
+
+def test_a_seed_is_the_same_schedule_every_time() -> None:
+    first = [batch(seed, 1) for seed in range(20)]
+    assert [batch(seed, 1) for seed in range(20)] == first
+    assert len({str(each) for each in first}) > 10
+
+
+def test_all_endings_are_counted_as_missing_when_none_was_reached() -> None:
+    assert never_reached(Counter()) == sorted(Ending)
+
+
+@contextmanager
+def answering(wanted: Callable[[Case], bool]) -> Iterator[tuple[Schedule, Case]]:
+    """One call of the wanted kind at a provider that does well, connected and asked. The schedule's acts are the
+    test's; at the end everything must be in order."""
+    for seed in range(1_000):
+        with entered(seed, cases=1, trouble=0.0) as schedule:
+            case = schedule.world.cases[0]
+            schedule.admit_all()
+            if case.session is None or not wanted(case) or not case.scripts[0].texts():
+                schedule.heal()
+                continue
+            schedule.dial()
+            schedule.loop.settle()
+            yield schedule, case
+            schedule.heal()
+            return
+    raise AssertionError("no seed makes such a call")
+
+
+def give_all(schedule: Schedule, case: Case) -> None:
+    """The provider's whole answer arrives, and the ledger answers checkpoints, but nothing of the settlement."""
+    _, socket = case.sockets[-1]
+    while socket.has_more:
+        socket.give(100)
+        schedule.loop.settle()
+        while schedule.world.wire.line and schedule.world.wire.line[0].verb == "progress":
+            schedule.world.wire.run_next()
+            schedule.world.wire.reply_next()
+            schedule.loop.settle()
+
+
+def settling(schedule: Schedule) -> bool:
+    return [call.verb for call in schedule.world.wire.line] == ["settle"]
+
+
+def test_a_worker_that_slept_through_its_settlement_writes_nothing_more() -> None:
+    with answering(lambda case: case.request.stream) as (schedule, case):
+        give_all(schedule, case)
+        assert settling(schedule)
+        before = bytes(case.client.body)
+        schedule.pass_time(PAST_FENCE_S)
+        schedule.world.server.sweep()
+        schedule.loop.settle()
+        assert case.over
+        assert bytes(case.client.body) == before
+
+
+def test_a_whole_answer_is_kept_back_when_its_settlement_is_unknown_at_the_fence() -> None:
+    with answering(lambda case: not case.request.stream) as (schedule, case):
+        give_all(schedule, case)
+        assert settling(schedule)
+        schedule.pass_time(PAST_FENCE_S)
+        schedule.loop.settle()
+        assert case.over
+        assert type(case.error).__name__ == "LeaseLost"
+
+
+def test_a_slow_reader_gets_nothing_that_waited_past_the_fence() -> None:
+    with answering(lambda case: case.request.stream) as (schedule, case):
+        case.client.pause()
+        give_all(schedule, case)
+        assert case.session is not None
+        assert case.session.client is not None
+        assert case.session.client.writing_since is not None
+        schedule.loop.suspend(int(PAST_FENCE_S * 1000))
+        schedule.world.server.now += int(PAST_FENCE_S * 1000)
+        case.client.resume()
+        schedule.loop.settle()
+        assert bytes(case.client.body) == b""
+
+
+def test_a_response_begins_once_when_its_client_reads_again_just_as_content_comes() -> None:
+    with answering(lambda case: case.request.stream) as (schedule, case):
+        case.client.pause()
+        schedule.pass_time(1.0)  # the tick begins the response before there is content, and must wait for the client
+        schedule.loop.settle()
+        assert case.session is not None
+        assert case.session.client is not None
+        assert case.session.client.writing_since is not None
+        case.client.resume()
+        case.sockets[-1][1].give(100_000)
+        schedule.loop.settle()
+        assert case.client.body.startswith(b": tollgate\n\ndata: ")

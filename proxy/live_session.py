@@ -97,6 +97,8 @@ class LiveSession(msgspec.Struct, eq=False):
     limited: bool = False
     request_sent: bool = False
     client_gone: bool = False
+    delivered: bool = False
+    """Whether a whole answer goes to the client."""
     finishing: bool = False
     """Whether the provider of the running attempt completes a whole answer without its client."""
     output_most: int | None = None

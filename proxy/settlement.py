@@ -88,6 +88,11 @@ def _refused(owed: _Owed, error: LedgerError) -> None:
     )
 
 
+def _given(owed: _Owed) -> bool:
+    """Whether the client has what the bill is for. A whole answer whose session was swept is kept back."""
+    return owed.session.stream or owed.session.delivered or owed.due.outcome != "completed"
+
+
 def _corrected(owed: _Owed, reply: Corrected | NotCorrected | None, said: str) -> None:
     """Count and tell a correction; `said` is the ledger's trouble where there is no reply."""
     about = {"session": owed.session.id, "account": owed.session.ref.account.id, "due_micros": owed.due.micros}
@@ -203,7 +208,7 @@ class Settler:
             return
         self._count(owed.session, owed.route, owed.ending, owed.due, reply)
         # Only a sweep answers a settlement with a charge that is not its own (a void charges nothing to begin with).
-        if isinstance(reply, Gone) and reply.state == "final" and owed.due.micros > reply.charged:
+        if isinstance(reply, Gone) and reply.state == "final" and owed.due.micros > reply.charged and _given(owed):
             self._live.detach(self._correct(owed))
 
     def _awaited(self, owed: _Owed, reply: Settled | Gone) -> bool:

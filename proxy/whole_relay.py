@@ -57,6 +57,7 @@ class WholeRelay:
             lost = LeaseLost()
             lost.headers = bill_headers(session, due, settled)
             raise lost
+        session.delivered = True
         return WholeAnswer(billed_body(answer.root, session, due, settled), bill_headers(session, due, settled), due)
 
     async def _settled(

@@ -50,9 +50,9 @@ class Worker:
     admission: Admission
     settler: Settler
 
-    async def swept(self, words: int) -> tuple[LiveSession, PreparedCall]:
+    async def swept(self, words: int, *, stream: bool = True) -> tuple[LiveSession, PreparedCall]:
         """A session whose provider sent so many words, ended by a sweep that knew of nothing."""
-        body = {"model": "m", "messages": [{"role": "user", "content": "Hi."}], "stream": True}
+        body = {"model": "m", "messages": [{"role": "user", "content": "Hi."}], "stream": stream}
         request = read_chat(msgspec.json.encode(body), Bounds())
         session, call = await self.admission.admit(Caller(ACCOUNT, "KEY", KeyLimits()), request, "r")
         session.price, session.meter = PRICE, Meter(PRICE, call.prompt_tokens, encoding("o200k_base"))
@@ -113,6 +113,19 @@ async def test_a_swept_session_is_charged_what_its_owner_knows(worker: Worker) -
     assert (balance.available, balance.held) == (GRANTED - due.micros, 0)
     assert REGISTRY.get_sample_value("tollgate_corrected_micros_total") == micros + due.micros
     assert corrections("corrected") == before + 1
+
+
+@pytest.mark.parametrize("delivered", [False, True])
+async def test_a_whole_answer_that_was_kept_back_is_not_charged_afterwards(worker: Worker, delivered: bool) -> None:
+    """Its client was told that the lease is lost; one that was answered before the ledger was pays."""
+    session, call = await worker.swept(50, stream=False)
+    before = await worker.balance()
+    session.delivered = delivered
+    due, settling = worker.settler.begin(session, call, Ending.COMPLETED)
+    assert isinstance(await settling, Gone)
+    await worker.live.drain(2.0)  # waits for what the settlement started
+    assert (await worker.balance()).charged - before.charged == (due.micros if delivered else 0)
+    assert due.micros > 50
 
 
 async def test_a_correction_is_tried_again_until_the_ledger_takes_it(worker: Worker) -> None:

@@ -59,11 +59,20 @@ def give_all(schedule: Schedule, case: Case) -> None:
     _, socket = case.sockets[-1]
     while socket.has_more:
         socket.give(100)
+        answer_checkpoints(schedule)
+
+
+def answer_checkpoints(schedule: Schedule) -> None:
+    """The ledger answers everything that is not the settlement."""
+    schedule.loop.settle()
+    while schedule.world.wire.line and schedule.world.wire.line[0].verb == "progress":
+        schedule.world.wire.run_next()
+        schedule.world.wire.reply_next()
         schedule.loop.settle()
-        while schedule.world.wire.line and schedule.world.wire.line[0].verb == "progress":
-            schedule.world.wire.run_next()
-            schedule.world.wire.reply_next()
-            schedule.loop.settle()
+
+
+def words(case: Case) -> int:
+    return sum(text.count(" ") for text in case.scripts[0].texts().values())
 
 
 def settling(schedule: Schedule) -> bool:
@@ -107,7 +116,7 @@ def test_a_slow_reader_gets_nothing_that_waited_past_the_fence() -> None:
 
 
 def test_a_response_begins_once_when_its_client_reads_again_just_as_content_comes() -> None:
-    with answering(lambda case: case.request.stream) as (schedule, case):
+    with answering(lambda case: case.request.stream and words(case) <= 8) as (schedule, case):
         case.client.pause()
         schedule.pass_time(1.0)  # the tick begins the response before there is content, and must wait for the client
         schedule.loop.settle()

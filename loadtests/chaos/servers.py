@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def _own(path: Path, user: dict[str, Any]) -> None:
 
 
 @dataclass
-class _Server:
+class _Server(ABC):
     """What both have in common: one process, its port and password."""
 
     folder: Path
@@ -95,9 +96,9 @@ class _Server:
         self.process.wait(STOP_S)
         psutil.wait_procs(processes, timeout=STOP_S)
 
+    @abstractmethod
     def answers(self) -> bool:
         """Whether it lets somebody in."""
-        raise NotImplementedError
 
     def _wait(self) -> None:
         deadline = time.monotonic() + START_S

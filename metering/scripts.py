@@ -1,6 +1,7 @@
 """The Lua scripts: loaded by name, their headers parsed, their arguments placed by name, run by SHA.
 
-A script's body is its shebang, then `_prelude.lua`, then each file that its USES line names, then the file itself.
+A script's body is its shebang, then `_prelude.lua`, then each file that its USES line names, then the file itself. A
+line `-- HERE: a b` in any of them gives way to `_a.lua` and `_b.lua`: what is needed in one place is made only there.
 Must not: know what any script means, or change what a header says.
 """
 
@@ -12,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from storage.redis_client import RedisReplyError
@@ -23,6 +25,7 @@ NAMES = (
 )  # fmt: skip
 Word = str | bytes | int
 
+_HERE = re.compile(r"^ *-- HERE: ([a-z ]+)\n", re.MULTILINE)
 _HEADER = re.compile(r"^-- (USES|KEYS|ARGV|RETURN): (.*)$", re.MULTILINE)
 
 
@@ -68,13 +71,19 @@ def _placed(script: str, names: tuple[str, ...], given: Mapping[str, Word | list
     return words
 
 
-def load(clock: str = "") -> dict[str, Script]:
-    """Read all scripts. `clock` is Lua placed after the prelude; tests give their own `wall_ms` with it."""
-    return {name: _load(name, clock) for name in NAMES}
+def load(clock: str = "", changed: Mapping[str, str] = MappingProxyType({})) -> dict[str, Script]:
+    """Read all scripts. `clock` is Lua placed after the prelude; tests give their own `wall_ms` with it. `changed` has
+    other texts of files, by name."""
+    return {name: _load(name, clock, changed) for name in NAMES}
 
 
-def _load(name: str, clock: str) -> Script:
-    source = (FOLDER / f"{name}.lua").read_text(encoding="utf-8")
+def _read(file: str, changed: Mapping[str, str]) -> str:
+    text = changed.get(file) or (FOLDER / file).read_text(encoding="utf-8")
+    return _HERE.sub(lambda found: "".join(_read(f"_{used}.lua", changed) for used in found[1].split()), text)
+
+
+def _load(name: str, clock: str, changed: Mapping[str, str]) -> Script:
+    source = _read(f"{name}.lua", changed)
     shebang, _, action = source.partition("\n")
     if not re.fullmatch(r"#!lua( flags=[a-z-]+)?", shebang):
         raise ValueError(f"{name}.lua: the first line must be #!lua, with at most one flag")
@@ -82,7 +91,7 @@ def _load(name: str, clock: str) -> Script:
     if not {"KEYS", "ARGV", "RETURN"} <= header.keys():
         raise ValueError(f"{name}.lua: the header must name KEYS, ARGV and RETURN")
     shared = ["_prelude", *(f"_{used}" for used in header.get("USES", "").split())]
-    parts = [(FOLDER / f"{file}.lua").read_text(encoding="utf-8") for file in shared]
+    parts = [_read(f"{file}.lua", changed) for file in shared]
     parts.insert(1, clock)
     text = "\n".join([shebang, *(part for part in parts if part), action])
     return Script(

@@ -1,6 +1,7 @@
-"""Whether a Redis or Valkey server is fit to hold credit: nothing evicted, writes logged, scripts refused whole.
+"""Whether a Redis or Valkey server is fit to hold credit: nothing evicted, writes logged, scripts refused whole, and
+our user allowed to write what they write.
 
-Must not: change the server. Everything is read from INFO, which needs no special right.
+Must not: change the server. All is read from INFO and by scripts that only read, which needs no special right.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
+from metering.keys import SHARDS
 from storage.redis_client import RedisReplyError
 from storage.redis_open import Redis, Server, servers
 
@@ -19,6 +21,26 @@ compared again. Without the key nothing is claimed (a new server; meta keys tell
 VALKEY_LEAST = (8, 0, 0)
 REDIS_LEAST = (8, 6, 3)
 """Older ones have known faults in their Lua engine or lack what the scripts rely on."""
+
+
+_AT = SHARDS[0]
+_WRITES = {
+    "HSET": (_AT.meta, *(f"{prefix}x" for prefix in (_AT.account, _AT.grants, _AT.session, _AT.limits))),
+    "HDEL": (f"{_AT.limits}x",),
+    "DEL": (f"{_AT.session}x",),
+    "PEXPIRE": (f"{_AT.session}x",),
+    "SET": (f"{_AT.idempotency}x",),
+    "ZADD": (f"{_AT.order}x", _AT.leases, _AT.expiries),
+    "ZREM": (f"{_AT.order}x", _AT.leases, _AT.expiries),
+    "XADD": (_AT.outbox,),
+}
+"""The scripts' writing commands, each with a key of each kind that it is for."""
+_RIGHTS = """#!lua flags=no-writes
+local lacking = {}
+for i = 1, #ARGV, 2 do
+  if not redis.acl_check_cmd(ARGV[i], ARGV[i + 1]) then lacking[#lacking + 1] = ARGV[i] .. ' ' .. ARGV[i + 1] end
+end
+return lacking"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +70,8 @@ async def _inspect(redis: Server) -> ServerReport:
         faults.append("its append-only file is off, so a restart would lose holds: set appendonly yes")
     if not await _knows_headers(redis):
         faults.append("it does not know #!lua script headers, so a refused script could write half: use Valkey 8")
+    elif lacking := await _rights_lacking(redis):
+        faults.append(f"its ACL does not let this user run {', '.join(lacking)}: the ledger's scripts write with them")
     return ServerReport(tuple(faults), old_version(fields))
 
 
@@ -103,6 +127,13 @@ async def _knows_headers(redis: Server) -> bool:
         return bool(await redis.call("EVAL", "#!lua flags=no-writes\nreturn 1", 0) == 1)
     except RedisReplyError:
         return False
+
+
+async def _rights_lacking(redis: Server) -> list[str]:
+    """What the ledger's scripts write with and this user may not run, as `command key`. The scripts ask again, each
+    time (decision 0009); a user who lacks a right from the start is told so before the first call."""
+    words = [word for command, keys in _WRITES.items() for key in keys for word in (command, key)]
+    return [name.decode() for name in await redis.call("EVAL", _RIGHTS, 0, *words)]
 
 
 def old_version(fields: dict[str, str]) -> str | None:

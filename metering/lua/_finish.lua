@@ -1,158 +1,108 @@
--- Shared by settle, void, sweep and correct, whose KEYS are the same: the one place where a session ends.
+-- The end of settle, void and sweep: the one place where a session ends. It takes from above their KEYS, `row` (from
+-- _session.lua), ep, uid, sid, kid, now, n and what they decided: charge, outcome, metadata.
+-- It is no function, and what is rare stands in branches: a script is built anew in each call, and a function that is
+-- made and not used costs as much as reading a field.
 -- Everything is read and computed before the first write; the first write is the XADD, the only one that can refuse
--- for a reason that no type check shows (a stream already ahead of n). It is therefore its own check.
-local meta, account, order, grants, session, leases, limits, outbox = unpack(KEYS)
-local DAY_MS = '86400000'
-
--- What one slice becomes: gid, take, spent, repaid, voided, broken and back, with the grant's new a, h, c, x, v.
--- Its unused rest is voided when its grant is revoked. Else it repays debt first, then returns to its grant, or to
--- breakage when that has expired.
-local function end_slice(slice, charge, debt, now)
-  local gid, take = slice.gid, slice.take
-  slice.a_name, slice.h_name, slice.c_name = format('%s:a', gid), format('%s:h', gid), format('%s:c', gid)
-  local row = call('HMGET', grants, slice.a_name, slice.h_name, slice.c_name, format('%s:x', gid), format('%s:e', gid),
-    format('%s:z', gid), format('%s:v', gid))
-  local expiry = stored(row[5])
-  slice.spent = math.min(take, charge)
-  slice.voided = row[6] and take - slice.spent or 0
-  slice.repaid = math.min(take - slice.spent - slice.voided, debt)
-  local rest = take - slice.spent - slice.voided - slice.repaid
-  slice.broken = expiry > 0 and expiry <= now and rest or 0
-  slice.back = rest - slice.broken
-  slice.a, slice.h = stored(row[1]) + slice.back, stored(row[2]) - take
-  slice.c, slice.x = stored(row[3]) + slice.spent + slice.repaid, stored(row[4]) + slice.broken
-  slice.v = stored(row[7]) + slice.voided
-  if slice.h < 0 then error({ err = 'BROKEN a grant holds less than its session' }) end
-end
-
--- What the hold did not cover: from available grants in burn order. Adds to `slices`; returns what was found.
-local function spend_available(slices, excess, now)
-  local plan, got = plan_take(order, grants, excess, now)
-  local place = {}
-  for i = 1, #slices do place[slices[i].gid] = slices[i] end
-  for i = 1, #plan do
-    local p = plan[i]
-    local slice = place[p.gid]
-    if not slice then
-      slice = { gid = p.gid, spent = 0, repaid = 0, voided = 0, broken = 0, a = p.a, h = p.h,
-        a_name = format('%s:a', p.gid), h_name = format('%s:h', p.gid), c_name = format('%s:c', p.gid) }
-      slice.c = stored(call('HGET', grants, slice.c_name))
-      slices[#slices + 1] = slice
-    end
-    slice.a, slice.c, slice.spent = slice.a - p.take, slice.c + p.take, slice.spent + p.take
-  end
-  return got
-end
-
--- 'gid=amount,...' of one part of the slices, without zeros.
-local function parts(slices, name)
-  if #slices == 1 then
-    return slices[1][name] > 0 and format('%s=%.0f', slices[1].gid, slices[1][name]) or ''
-  end
-  local out = {}
-  for i = 1, #slices do
-    if slices[i][name] > 0 then out[#out + 1] = format('%s=%.0f', slices[i].gid, slices[i][name]) end
-  end
-  return table.concat(out, ',')
-end
-
--- Fields of the entry that most entries lack.
-local function rare_fields(slices)
-  local out, repaid, voided = {}, parts(slices, 'repaid'), parts(slices, 'voided')
-  if repaid ~= '' then out[1], out[2] = 'rp', repaid end
-  if voided ~= '' then out[#out + 1], out[#out + 2] = 'vd', voided end
-  return out
-end
-
--- Members of the burn order whose grants have nothing left. Grants run dry rarely, so a scan of at most 64 is cheap.
-local function dry_members(slices)
-  local dry, out = nil, {}
-  for i = 1, #slices do
-    if slices[i].a == 0 and slices[i].h == 0 then
-      dry = dry or {}
-      dry[slices[i].gid] = true
-    end
-  end
-  if not dry then return out end
-  local members = call('ZRANGE', order, '0', '-1')
-  for i = 1, #members do
-    if dry[sub(members[i], 37)] then out[#out + 1] = members[i] end
-  end
-  return out
-end
-
--- The write half of end_slice and spend_available.
-local function write_grants(slices, dry)
-  for i = 1, #slices do
-    local s = slices[i]
-    call('HSET', grants, s.a_name, text(s.a), s.h_name, text(s.h), s.c_name, text(s.c))
-    if s.broken > 0 then call('HSET', grants, format('%s:x', s.gid), text(s.x)) end
-    if s.voided > 0 then call('HSET', grants, format('%s:v', s.gid), text(s.v)) end
-  end
-  if #dry > 0 then call('ZREM', order, unpack(dry)) end
-end
-
--- Ends the held session `row` (from read_session). Answers charged, absorbed, available, n as text.
-local function finish(ep, sid, row, now, n, charge, outcome, metadata)
-  local money = call('HMGET', account, 'av', 'hd', 'db', 'tc', 'ns')
-  local available, held, debt, open = stored(money[1]), stored(money[2]), stored(money[3]), stored(money[5])
-  local has, slots = stored(row.h), stored(call('HGET', limits, 'p'))
-  call('ZCARD', leases)
-  if held < has or open == 0 then error({ err = 'BROKEN an account holds less than its session' }) end
-
-  local slices, owed, repaid = read_slices(row.sl), charge, 0
-  for i = 1, #slices do
-    local slice = slices[i]
-    end_slice(slice, owed, debt - repaid, now)
-    owed, repaid, available = owed - slice.spent, repaid + slice.repaid, available + slice.back
-  end
-  if owed > 0 then
-    local found = spend_available(slices, owed, now)
-    owed, available = owed - found, available - found
-  end
-  -- Then the credit line: what the hold has of it, and its free room. What is used becomes debt, the rest is free again.
-  local line, owing, on_line = stored(row.hl), 0, 0
-  if line > 0 or owed > 0 then
-    local room
-    room, on_line = line_room(account, stored(money[1]), held)
-    if on_line < line then error({ err = 'BROKEN an account holds less of its line than its session' }) end
-    owing = math.min(owed, line + room)
-    owed = owed - owing
-  end
-  local dry = dry_members(slices)
-  local seq, moment, paid, absorbed = text(n + 1), text(now), text(charge - owed), text(owed)
-  local left, total = text(available), text(stored(money[4]) + (charge - owed))
-  if metadata == '' then metadata = call('HGET', session, 'mt') or '' end
-
-  -- Writes: only the first can fail.
-  call('XADD', outbox, format('%s-%s', ep, seq), 't', 'settle', 'u', row.u, 'ts', moment, 's', sid, 'k', row.k,
-    'o', outcome, 'c', paid, 'ab', absorbed, 'd', text(owing), 'sl', parts(slices, 'spent'), 'br', parts(slices, 'broken'),
-    'st', row.ts, 'pc', row.pc, 'm', row.m, 'pv', row.pv, 'mt', metadata,
-    unpack(rare_fields(slices)))
-  call('HSET', meta, 'n', seq, 'clk', moment)
-  -- Rewritten, not edited: what stays for a day is small and packed.
-  call('DEL', session)
-  call('HSET', session, 'st', 'T', 'f', row.f, 'u', row.u, 'k', row.k, 'ts', row.ts, 'm', row.m, 'o', outcome,
-    'c', paid, 'ab', absorbed, 'n', seq)
-  if outcome == 'swept' then call('HSET', session, 'te', moment) end -- for its owner's correction
-  call('PEXPIRE', session, DAY_MS)
-  call('HSET', account, 'av', left, 'hd', text(held - has), 'db', text(debt - repaid + owing), 'tc', total,
-    'ns', text(open - 1))
-  if line > 0 then call('HSET', account, 'hc', text(on_line - line)) end
-  write_grants(slices, dry)
-  call('ZREM', leases, format('%s|%s', row.u, sid))
-  call('HSET', limits, 'p', text(math.max(0, slots - 1)))
-  return paid, absorbed, left, seq
-end
-
-local function read_session()
-  local v = call('HMGET', session, 'st', 'f', 'u', 'k', 'h', 'm', 'q', 'pc', 'pv', 'ts', 'sl', 'hl')
-  return { st = v[1], f = v[2], u = v[3], k = v[4], h = v[5], m = v[6], q = v[7], pc = v[8], pv = v[9], ts = v[10],
-    sl = v[11], hl = v[12] }
-end
-
--- The answer to a repeat: what the first call said, and the balance now.
-local function final()
+-- for a reason that no check shows (a stream already ahead of n). It is therefore its own check.
+if row[1] == 'T' then -- a repeat: what the first call said, and the balance now
   local v = call('HMGET', session, 'c', 'ab', 'n', 'o')
-  return { 'FINAL', v[1], v[2], text(stored(call('HGET', account, 'av'))), v[3], v[4] }
+  return { 'FINAL', v[1], v[2], stored(call('HGET', account, 'av')), v[3], v[4] }
 end
+local money = call('HMGET', account, 'av', 'hd', 'db', 'tc', 'ns')
+local before, held, debt, open = stored(money[1]), stored(money[2]), stored(money[3]), stored(money[5])
+local has, slots = stored(row[5]), stored(call('HGET', limits, 'p'))
+if held < has or open == 0 then error({ err = 'BROKEN an account holds less than its session' }) end
+
+-- Held slices pay first, in their order. The unused rest of one is voided when its grant is revoked. Else it repays
+-- debt first, then returns to its grant, or to breakage when that has expired.
+local slices, owed, available, repaid, lost = {}, charge, before, 0, 0
+local list, from = row[11] or '', 1
+while from <= #list do
+  local at, to = find(list, '=', from, true), find(list, ',', from, true) or #list + 1
+  local gid, take = sub(list, from, at - 1), stored(sub(list, at + 1, to - 1))
+  local a_name, h_name, c_name = gid .. ':a', gid .. ':h', gid .. ':c'
+  local part = call('HMGET', grants, a_name, h_name, c_name, gid .. ':e', gid .. ':z')
+  local a, h, c, expiry = stored(part[1]), stored(part[2]) - take, stored(part[3]), stored(part[4])
+  if h < 0 then error({ err = 'BROKEN a grant holds less than its session' }) end
+  local spent = math.min(take, owed)
+  local back, repays, voided, broken, lost_name, lost_sum = take - spent, 0, 0, 0, nil, nil
+  if back > 0 and part[5] then
+    voided, back, lost_name = back, 0, gid .. ':v'
+  elseif back > 0 then
+    repays = math.min(back, debt - repaid)
+    back = back - repays
+    if back > 0 and expiry > 0 and expiry <= now then broken, back, lost_name = back, 0, gid .. ':x' end
+  end
+  if lost_name then
+    lost_sum, lost = stored(call('HGET', grants, lost_name)) + voided + broken, lost + voided + broken
+  end
+  slices[#slices + 1] = { gid = gid, spent = spent, repaid = repays, voided = voided, broken = broken, a = a + back,
+    h = h, c = c + spent + repays, a_name = a_name, h_name = h_name, c_name = c_name, lost_name = lost_name,
+    lost = lost_sum }
+  owed, repaid, available, from = owed - spent, repaid + repays, available + back, to + 1
+end
+
+-- What they do not cover: available grants, then the credit line, with what the hold has of it and its free room. What
+-- is used of the line becomes debt, the rest of the hold's part is free again.
+local line, owing, on_line = stored(row[12]), 0, 0
+if owed > 0 then
+  -- HERE: burn excess
+  local found = spend_available(slices, owed, now)
+  owed, available = owed - found, available - found
+end
+if line > 0 or owed > 0 then
+  -- HERE: line
+  local room
+  room, on_line = line_room(account, before, held)
+  if on_line < line then error({ err = 'BROKEN an account holds less of its line than its session' }) end
+  owing = math.min(owed, line + room)
+  owed = owed - owing
+end
+
+-- HERE: parts
+local broken, rare, dry, members = '', {}, nil, nil
+if lost + repaid > 0 then
+  local back, voided = parts(slices, 'repaid'), parts(slices, 'voided')
+  broken = parts(slices, 'broken')
+  if back ~= '' then rare[1], rare[2] = 'rp', back end -- fields that most entries lack
+  if voided ~= '' then rare[#rare + 1], rare[#rare + 2] = 'vd', voided end
+end
+for i = 1, #slices do
+  if slices[i].a == 0 and slices[i].h == 0 then
+    dry = dry or {}
+    dry[slices[i].gid] = true
+  end
+end
+if dry then
+  -- HERE: grants
+  members = listed(order, dry)
+end
+if metadata == '' then metadata = call('HGET', session, 'mt') or '' end
+call('ZREM', leases, '') -- nobody's: what counts is the key's type and the user's right
+if not (may('HSET', account) and may('DEL', session) and may('PEXPIRE', session)) then error({ err = BARRED }) end
+local seq, paid = n + 1, charge - owed
+local total = stored(money[4]) + paid
+
+-- Writes: only the first can fail.
+call('XADD', outbox, format('%s-%.0f', ep, seq), 't', 'settle', 'u', uid, 'ts', now, 's', sid, 'k', kid,
+  'o', outcome, 'c', paid, 'ab', owed, 'd', owing, 'sl', parts(slices, 'spent'), 'br', broken,
+  'st', row[10], 'pc', row[8], 'm', row[6], 'pv', row[9], 'mt', metadata, unpack(rare))
+call('HSET', meta, 'n', seq, 'clk', now)
+-- Rewritten, not edited: what stays for a day is small and packed.
+call('DEL', session)
+call('HSET', session, 'st', 'T', 'f', row[2], 'u', uid, 'k', kid, 'o', outcome, 'c', paid,
+  'ab', owed, 'n', seq)
+if outcome == 'swept' then call('HSET', session, 'te', now) end -- for its owner's correction
+call('PEXPIRE', session, '86400000')
+call('HSET', account, 'av', available, 'hd', held - has, 'tc', total, 'ns', open - 1)
+if repaid + owing > 0 then call('HSET', account, 'db', debt - repaid + owing) end
+if line > 0 then call('HSET', account, 'hc', on_line - line) end
+for i = 1, #slices do
+  local s = slices[i]
+  call('HSET', grants, s.a_name, s.a, s.h_name, s.h, s.c_name, s.c)
+  if s.lost then call('HSET', grants, s.lost_name, s.lost) end
+end
+if members and members[1] then call('ZREM', order, unpack(members)) end
+call('ZREM', leases, uid .. '|' .. sid)
+call('HSET', limits, 'p', math.max(0, slots - 1))
+return { 'SETTLED', paid, owed, available, seq }

@@ -1,6 +1,7 @@
 #!lua flags=no-writes
 -- audit: one account as it stands at one instant: its hash, every grant's fields, the burn order, and of each named
 -- session its state, hold, metered cost, slices, lease and part on the credit line. `sids` are the ids behind the session keys, in their order.
+-- USES: words
 -- KEYS: meta account order grants leases sessions...
 -- ARGV: ep uid sids...
 -- RETURN: SNAPSHOT ep n now account grants order sessions | EPOCH | BOUNDS what

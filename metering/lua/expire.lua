@@ -2,7 +2,7 @@
 -- expire: what nobody holds of one grant becomes breakage once its time is over. What sessions hold stays theirs to
 -- spend, and its unused rest breaks when they end. Idempotent: DONE when there is nothing (more) to move.
 -- An expiry without a grant that expires behind it is dropped, so that it cannot come up for ever.
--- USES: grants
+-- USES: words grants
 -- KEYS: meta account order grants expiries outbox
 -- ARGV: ep uid gid
 -- RETURN: EXPIRED amount available n | DONE | NOTDUE left_ms | UNKNOWN | EPOCH | BOUNDS what
@@ -24,7 +24,11 @@ end
 if expiry > now then return { 'NOTDUE', text(expiry - now) } end
 local available, members = stored(call('HGET', account, 'av')), listed(order, { [gid] = true })
 if available < left then error({ err = 'BROKEN an account has less than its grant' }) end
-call('ZCARD', expiries); call('XLEN', outbox)
+call('ZCARD', expiries)
+if not (may('HSET', meta) and may('HSET', account) and may('HSET', grants) and may('ZREM', order)
+  and may('ZREM', expiries) and may('XADD', outbox)) then
+  error({ err = BARRED })
+end
 
 -- Writes: only the first can fail.
 local seq, moment = text(n + 1), text(now)

@@ -1,10 +1,12 @@
 #!lua
 -- policy: what an account may do when its grants are used up, and how far: `limit` micros of debt and held line
--- together, 0 under cutoff. `revision` rises with each change, so that a late repeat undoes nothing. Idempotent.
+-- together, 0 under cutoff. `revision` rises with each change, so that a late repeat undoes nothing. Idempotent: the same revision
+-- with another policy or limit is a CONFLICT.
 -- Holds that stand on the line keep it when the limit falls.
+-- USES: words
 -- KEYS: meta account outbox
 -- ARGV: ep uid policy limit revision
--- RETURN: SET|EXISTS|STALE debt held_line n | EPOCH | BOUNDS what
+-- RETURN: SET|EXISTS|STALE debt held_line n | CONFLICT | EPOCH | BOUNDS what
 local meta, account, outbox = unpack(KEYS)
 local ep, uid, policy, limit, revision = unpack(ARGV)
 if #KEYS ~= 3 or #ARGV ~= 5 then return { 'BOUNDS', 'arity' } end
@@ -17,11 +19,14 @@ if not revision_n or revision_n == 0 then return { 'BOUNDS', 'revision' } end
 
 local now, n = enter(meta, ep)
 if not now then return { 'EPOCH' } end
-local row = call('HMGET', account, 'db', 'hc', 'pr', 'pn')
+local row = call('HMGET', account, 'db', 'hc', 'pr', 'pn', 'pol', 'lim')
 local debt, on_line, before = text(stored(row[1])), text(stored(row[2])), stored(row[3])
 if before > revision_n then return { 'STALE', debt, on_line, text(stored(row[4])) } end
-if before == revision_n then return { 'EXISTS', debt, on_line, text(stored(row[4])) } end
-call('XLEN', outbox)
+if before == revision_n then
+  if row[5] ~= policy or stored(row[6]) ~= limit_n then return { 'CONFLICT' } end
+  return { 'EXISTS', debt, on_line, text(stored(row[4])) }
+end
+if not (may('HSET', meta) and may('HSET', account)) then error({ err = BARRED }) end
 
 -- Writes: only the first can fail.
 local seq, moment = text(n + 1), text(now)

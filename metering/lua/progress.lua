@@ -3,7 +3,7 @@
 -- Applied when `q` rises and `metered` does not fall. A repeat (same q, same metered) renews the lease again, since its
 -- sender is alive; anything older answers STALE and changes nothing. A short extension is a success: read `held`.
 -- An extension takes grants first, then the account's credit line.
--- USES: line
+-- USES: burn holds line
 -- KEYS: meta account order grants session leases
 -- ARGV: ep uid sid fence q metered want lease
 -- RETURN: OK|STALE held available | FINAL charged | FENCED | UNKNOWN | EPOCH | BOUNDS what
@@ -28,8 +28,7 @@ local available, held = stored(money[1]), stored(money[2])
 
 local rises = q_n > before_q and metered_n >= before_m
 local repeats = q_n == before_q and metered_n == before_m
-if not rises and not repeats then return { 'STALE', text(has), text(available) } end
-call('ZCARD', leases)
+if not rises and not repeats then return { 'STALE', has, available } end
 
 -- A blocked account keeps what it holds and gets no more.
 local need = want_n > has and (not money[3] or money[3] == '0') and want_n - has or 0
@@ -41,25 +40,36 @@ if taken < need then
   if line > 0 then own = stored(call('HGET', session, 'hl')) end
 end
 
--- Writes: nothing below can fail.
-if now > saved then call('HSET', meta, 'clk', text(now)) end
-if taken + line > 0 then
-  local slices, place = read_slices(row[7]), {}
-  for i = 1, #slices do place[slices[i].gid] = slices[i] end
+local list = row[7] or ''
+if taken > 0 then -- what the hold had, and what it takes now
+  local slices, place = {}, {}
+  local from = 1
+  while from <= #list do
+    local at, to = find(list, '=', from, true), find(list, ',', from, true) or #list + 1
+    local slice = { gid = sub(list, from, at - 1), take = stored(sub(list, at + 1, to - 1)) }
+    slices[#slices + 1], place[slice.gid], from = slice, slice, to + 1
+  end
   for i = 1, #plan do
     local slice = place[plan[i].gid]
     if slice then slice.take = slice.take + plan[i].take else slices[#slices + 1] = plan[i] end
   end
+  list = write_slices(slices)
+end
+if not may('HSET', session) then error({ err = BARRED }) end
+
+-- Writes: only the first can fail.
+call('ZADD', leases, now + lease_n, uid .. '|' .. sid)
+if now > saved then call('HSET', meta, 'clk', now) end
+if taken + line > 0 then
   has, available = has + taken + line, available - taken
   hold(grants, plan)
-  call('HSET', session, 'm', text(metered_n), 'q', text(q_n), 'h', text(has), 'sl', write_slices(slices))
-  call('HSET', account, 'av', text(available), 'hd', text(held + taken + line))
+  call('HSET', session, 'm', metered_n, 'q', q_n, 'h', has, 'sl', list)
+  call('HSET', account, 'av', available, 'hd', held + taken + line)
   if line > 0 then
-    call('HSET', session, 'hl', text(own + line))
-    call('HSET', account, 'hc', text(on_line + line))
+    call('HSET', session, 'hl', own + line)
+    call('HSET', account, 'hc', on_line + line)
   end
 else
-  call('HSET', session, 'm', text(metered_n), 'q', text(q_n))
+  call('HSET', session, 'm', metered_n, 'q', q_n)
 end
-call('ZADD', leases, text(now + lease_n), format('%s|%s', uid, sid))
-return { 'OK', text(has), text(available) }
+return { 'OK', has, available }

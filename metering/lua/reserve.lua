@@ -7,7 +7,7 @@
 -- `idempotency` names the session that has the client's idempotency key, and its body, for a day; a bare prefix is none.
 -- `past` is a session that the caller knows to be void: it may be replaced there. '' for none.
 -- A hold takes grants first, then the account's credit line; debt refuses where the line has no room.
--- USES: line
+-- USES: words burn holds line
 -- KEYS: meta account order grants session leases limits idempotency
 -- ARGV: ep uid sid kid owner body price metadata want minimum prompt lease rpm parallel past
 -- RETURN: HELD|EXISTS held available fence lease_ms | BALANCE|IN_FLIGHT|REQUESTS|PARALLEL|DEBT|BLOCKED|CONFLICT|TOMBSTONE|FINISHED available held retry_after_ms | REPEATED session same_or_other | EPOCH | BOUNDS what
@@ -16,6 +16,10 @@ local ep, uid, sid, kid, owner, body, price, metadata, want, minimum, prompt, le
 if #KEYS ~= 8 or #ARGV ~= 15 then return { 'BOUNDS', 'arity' } end
 
 if not (id(uid) and id(sid) and id(kid) and (past == '' or id(past))) then return { 'BOUNDS', 'id' } end
+if sub(session, 10) ~= sid or sub(account, 10) ~= uid or sub(order, 10) ~= uid or sub(grants, 10) ~= uid
+  or sub(limits, 10) ~= kid then
+  return { 'BOUNDS', 'keys' }
+end
 if not (word(owner) and word(body) and word(price)) then return { 'BOUNDS', 'word' } end
 if #metadata > 4096 then return { 'BOUNDS', 'metadata' } end
 local want_n, minimum_n, prompt_n, lease_n = amount(want), amount(minimum), amount(prompt), amount(lease)
@@ -42,8 +46,8 @@ if state then
   if own[1] ~= body or own[2] ~= uid or own[3] ~= kid or own[4] ~= owner then
     return refuse('CONFLICT', available, 0)
   end
-  local deadline = tonumber(call('ZSCORE', leases, format('%s|%s', uid, sid)) or '0')
-  return { 'EXISTS', own[5], text(available), own[6], text(math.max(0, deadline - now)) }
+  local deadline = (call('ZSCORE', leases, uid .. '|' .. sid) or 0) + 0
+  return { 'EXISTS', own[5], available, own[6], math.max(0, deadline - now) }
 end
 
 -- The client's idempotency key, behind the prefix 'i:{v000}:'.
@@ -88,30 +92,33 @@ if whole < minimum_n then
   if whole + held < minimum_n then return refuse('BALANCE', whole, 0) end
   return refuse('IN_FLIGHT', whole, 1000)
 end
-call('ZCARD', leases)
+-- Times of admissions that no window can ask for any more; some at a time.
+local drop = {}
+while rpm_n and oldest <= admitted - rpm_n and #drop < 16 do
+  drop[#drop + 1] = format('w%.0f', oldest)
+  oldest = oldest + 1
+end
+if not may('HSET', session) or (keyed and not may('SET', idempotency)) or (drop[1] and not may('HDEL', limits)) then
+  error({ err = BARRED })
+end
 
--- Writes: nothing below can fail.
-local got, left, moment = text(whole), text(available - taken), text(now)
-if now > saved then call('HSET', meta, 'clk', moment) end
-call('HSET', session, 'st', 'H', 'f', moment, 'u', uid, 'k', kid, 'h', got, 'm', '0', 'q', '0', 'pc', text(prompt_n),
-  'ow', owner, 'bh', body, 'pv', price, 'mt', metadata, 'ts', moment, 'sl', write_slices(plan))
+-- Writes: only the first can fail.
+local left = available - taken
+call('ZADD', leases, now + lease_n, uid .. '|' .. sid)
+if now > saved then call('HSET', meta, 'clk', now) end
+call('HSET', session, 'st', 'H', 'f', now, 'u', uid, 'k', kid, 'h', whole, 'm', '0', 'q', '0', 'pc', prompt_n,
+  'ow', owner, 'bh', body, 'pv', price, 'mt', metadata, 'ts', now, 'sl', write_slices(plan))
 if keyed then call('SET', idempotency, format('%s %s', sid, body), 'PX', '86400000') end
-call('HSET', account, 'av', left, 'hd', text(held + whole), 'ns', text(open + 1))
+call('HSET', account, 'av', left, 'hd', held + whole, 'ns', open + 1)
 if line > 0 then
-  call('HSET', session, 'hl', text(line))
-  call('HSET', account, 'hc', text(on_line + line))
+  call('HSET', session, 'hl', line)
+  call('HSET', account, 'hc', on_line + line)
 end
 hold(grants, plan)
-call('ZADD', leases, text(now + lease_n), format('%s|%s', uid, sid))
 if not rpm_n then
-  call('HSET', limits, 'p', text(slots + 1))
+  call('HSET', limits, 'p', slots + 1)
 else
-  local drop = {}
-  while oldest <= admitted - rpm_n and #drop < 16 do
-    drop[#drop + 1] = format('w%.0f', oldest)
-    oldest = oldest + 1
-  end
-  if #drop > 0 then call('HDEL', limits, unpack(drop)) end
-  call('HSET', limits, 'p', text(slots + 1), 'q', text(admitted + 1), 'lo', text(oldest), format('w%.0f', admitted), moment)
+  if drop[1] then call('HDEL', limits, unpack(drop)) end
+  call('HSET', limits, 'p', slots + 1, 'q', admitted + 1, 'lo', oldest, format('w%.0f', admitted), now)
 end
-return { 'HELD', got, left, moment, text(lease_n) }
+return { 'HELD', whole, left, now, lease_n }

@@ -2,7 +2,7 @@
 -- revoke: voids what nobody holds of one grant, and for ever. What sessions hold stays theirs to spend, and its unused
 -- rest is voided when they end. Idempotent by grant id: a repeat answers what the first call did.
 -- A grant that has not come yet is revoked all the same: `grant` then refuses it.
--- USES: grants
+-- USES: words grants
 -- KEYS: meta account order grants expiries outbox
 -- ARGV: ep uid gid
 -- RETURN: REVOKED|EXISTS amount available n | EPOCH | BOUNDS what
@@ -19,7 +19,11 @@ local available = stored(call('HGET', account, 'av'))
 if row[4] then return { 'EXISTS', text(stored(row[5])), text(available), text(stored(row[6])) } end
 local left, voided, members = stored(row[2]), stored(row[3]), listed(order, { [gid] = true })
 if available < left then error({ err = 'BROKEN an account has less than its grant' }) end
-call('ZCARD', expiries); call('XLEN', outbox)
+call('ZCARD', expiries)
+if not (may('HSET', meta) and may('HSET', account) and may('HSET', grants) and may('ZREM', order)
+  and may('ZREM', expiries)) then
+  error({ err = BARRED })
+end
 
 -- Writes: only the first can fail.
 local seq, moment, taken = text(n + 1), text(now), text(left)

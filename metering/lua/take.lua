@@ -2,7 +2,7 @@
 -- take: adjusts an account down. Up to `debit` micros of what is available, in burn order, are voided.
 -- `whole` 1: all of it or nothing; 0: what there is. Decided once per `change` (the adjustment's id), also when nothing
 -- was taken: the decision is journaled, and a repeat answers it.
--- USES: grants
+-- USES: words burn holds grants
 -- KEYS: meta account order grants outbox
 -- ARGV: ep uid change debit whole
 -- RETURN: TAKEN|EXISTS amount available n | CONFLICT | EPOCH | BOUNDS what
@@ -35,7 +35,9 @@ for i = 1, #plan do
   if p.a == p.take and p.h == 0 then dry[p.gid] = true end
 end
 local members = listed(order, dry)
-call('XLEN', outbox)
+if not (may('HSET', meta) and may('HSET', account) and may('HSET', grants) and may('ZREM', order)) then
+  error({ err = BARRED })
+end
 
 -- Writes: only the first can fail.
 local seq, moment, sum, left = text(n + 1), text(now), text(taken), text(available - taken)

@@ -232,11 +232,11 @@ async def test_a_sweep_waits_for_the_end_of_the_lease_and_charges_the_last_progr
     await stand.tick(15_000 - 1)
     assert await stand.run("sweep") == [b"NOTDUE", b"1"]
     await stand.tick(1)
-    assert await stand.run("sweep") == [b"SETTLED", b"42", b"0", b"58", b"2"]
+    assert await stand.run("sweep") == [b"SETTLED", 42, 0, 58, 2]
     fields = (await stand.entries())[-1][1]
     assert (fields["o"], fields["c"], fields["mt"]) == ("swept", "42", '{"at":"reserve"}')
     assert await stand.ledger.settle(ref, 50, "completed") == Gone("final", 42)
-    assert await stand.run("sweep") == [b"FINAL", b"42", b"0", b"58", b"2", b"swept"]
+    assert await stand.run("sweep") == [b"FINAL", b"42", b"0", 58, b"2", b"swept"]
 
 
 async def test_a_session_swept_before_any_progress_costs_nothing(stand: Stand) -> None:

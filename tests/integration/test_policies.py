@@ -91,6 +91,23 @@ async def test_a_policy_set_while_redis_is_away_is_applied_later(stack: Stack) -
     assert await stack.pool.fetchval("SELECT count(*) FROM entry WHERE type = 'policy'") == 1
 
 
+async def test_a_revision_that_redis_has_with_another_limit_is_a_clear_error(stack: Stack) -> None:
+    account = await stack.account("alice")
+    await change(stack.pool, stack.ledger, "alice", "grace", 70)
+    assert await clean(stack)
+    await stack.pool.execute("UPDATE account SET policy = 'cutoff', credit_limit = 0, policy_revision = 0")  # a backup
+    with pytest.raises(PolicyError, match="alice: revision 1 has another policy or limit in Redis"):
+        await change(stack.pool, stack.ledger, "alice", "grace", 90)
+    with pytest.raises(PolicyError, match="another policy"):
+        await change(stack.pool, stack.ledger, "alice", "grace", 90)
+    await stack.pool.execute("UPDATE account SET policy_applied = 0")
+    assert "another policy" in (await apply_pending(stack.pool, stack.ledger))["alice"]
+    assert (await stack.ledger.balance(account)).limit == 70
+    assert (await change(stack.pool, stack.ledger, "alice", "grace", 80)).state == "applied"
+    assert (await change(stack.pool, stack.ledger, "alice", "grace", 90)).state == "applied"
+    assert (await stack.ledger.balance(account)).limit == 90
+
+
 async def test_debt_and_its_repayment_are_the_same_in_both_stores(stack: Stack) -> None:
     account = await stack.account("alice")
     await stack.grant(account, "g1", 100)

@@ -41,6 +41,22 @@ async def test_a_missing_append_only_file_is_a_fault(redis: RedisClient) -> None
 
 
 @pytest.mark.parametrize(
+    ("rule", "lacking"),
+    [
+        (["-PEXPIRE"], "PEXPIRE s:{v000}:x:"),
+        (["-@stream"], "XADD o:{v000}:"),
+        (["resetkeys", "%R~*", "%W~[^b]:*"], "HSET b:{v000}:x:"),
+    ],
+)
+async def test_a_user_who_may_not_write_what_the_scripts_write_is_a_fault(
+    redis: RedisClient, rule: list[str], lacking: str
+) -> None:
+    await redis.call("ACL", "SETUSER", "default", *rule)
+    (fault,) = (await inspect(redis)).faults
+    assert f"this user run {lacking}" in fault
+
+
+@pytest.mark.parametrize(
     ("fields", "old"),
     [
         ({"valkey_version": "9.1.2", "redis_version": "7.2.4"}, None),

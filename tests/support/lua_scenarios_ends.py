@@ -60,7 +60,7 @@ async def a_repeated_settle_charges_once(stand: Stand) -> None:
     ref = await stand.hold("s1", 30)
     await stand.hold("s2", 30)
     await stand.ledger.settle(ref, 20, "completed")
-    await unchanged(stand, "settle", [b"FINAL", b"20", b"0", b"50", b"2", b"completed"], charge="30")
+    await unchanged(stand, "settle", [b"FINAL", b"20", b"0", 50, b"2", b"completed"], charge="30")
 
 
 @scenario
@@ -86,7 +86,7 @@ async def only_a_void_may_say_void_and_charges_nothing(stand: Stand) -> None:
     await stand.hold("s1", 60)
     await unchanged(stand, "settle", [b"BOUNDS", b"outcome"], outcome="void", charge="1")
     await unchanged(stand, "settle", [b"BOUNDS", b"outcome"], outcome="swept")
-    assert (await stand.run("settle", outcome="void", charge="0"))[:2] == [b"SETTLED", b"0"]
+    assert (await stand.run("settle", outcome="void", charge="0"))[:2] == [b"SETTLED", 0]
 
 
 @scenario
@@ -213,11 +213,11 @@ async def a_sweep_waits_for_the_lease_and_charges_the_last_progress(stand: Stand
     await stand.tick(LEASE_MS - 1)
     await unchanged(stand, "sweep", [b"NOTDUE", b"1"])
     await stand.tick(1)
-    assert await stand.run("sweep") == [b"SETTLED", b"42", b"0", b"58", b"2"]
+    assert await stand.run("sweep") == [b"SETTLED", 42, 0, 58, 2]
     fields = await last_entry(stand)
     assert (fields["o"], fields["c"], fields["mt"]) == ("swept", "42", '{"at":"reserve"}')
     assert await stand.ledger.settle(ref, 50, "completed") == Gone("final", 42)
-    await unchanged(stand, "sweep", [b"FINAL", b"42", b"0", b"58", b"2", b"swept"])
+    await unchanged(stand, "sweep", [b"FINAL", b"42", b"0", 58, b"2", b"swept"])
     await adds_up(stand)
 
 

@@ -41,6 +41,8 @@ async def a_policy_is_set_once_per_revision(stand: Stand) -> None:
     assert (fields["t"], fields["pl"], fields["a"]) == ("policy", "grace", "100")
     await unchanged(stand, "policy", [b"EXISTS", b"0", b"0", b"1"], limit="100", revision="2")
     await unchanged(stand, "policy", [b"STALE", b"0", b"0", b"1"], limit="7", revision="1")
+    await unchanged(stand, "policy", [b"CONFLICT"], limit="7", revision="2")
+    await unchanged(stand, "policy", [b"CONFLICT"], policy="postpaid", limit="100", revision="2")
     await unchanged(stand, "policy", [b"BOUNDS", b"limit"], policy="cutoff", limit="7", revision="3")
     await unchanged(stand, "policy", [b"BOUNDS", b"policy"], policy="free", revision="3")
     await stand.tick(5)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from tests.support.mutants import PRELUDE, PROGRESS, RESERVE, Mutant, mutants_of
 from tests.support.mutants_ends import CREDIT, ENDINGS, FINISH
+from tests.support.mutants_rights import RIGHTS
 
 # Each row: name, what it breaks, the scenario that kills it, the text, its replacement.
 # fmt: off
@@ -112,17 +113,18 @@ GRANTS = [
         "_finish.lua",
         ("revoked_rest_returns", "a revoked grant comes back to life",
          "a_revoked_grant_is_voided_now_and_when_its_holds_end",
-         "row[6] and take - slice.spent or 0", "0"),
+         "if back > 0 and part[5] then", "if false then"),
         ("revoked_rest_overwrites", "what was voided before is forgotten",
          "a_revoked_grant_is_voided_now_and_when_its_holds_end",
-         "stored(row[7]) + slice.voided", "slice.voided"),
+         "stored(call('HGET', grants, lost_name)) + voided + broken,", "voided + broken,"),
         ("voided_rest_not_journaled", "Postgres keeps revoked credit as available",
          "a_revoked_grant_is_voided_now_and_when_its_holds_end",
          "if voided ~= '' then", "if voided == '-' then"),
         ("revoked_rest_repays_debt", "revoked credit pays a debt",
          "revoked_credit_repays_no_debt",
-         "slice.voided = row[6] and take - slice.spent or 0",
-         "slice.voided = row[6] and take - slice.spent - math.min(take - slice.spent, debt) or 0"),
+         "  local back, repays, voided, broken, lost_name, lost_sum = take - spent, 0, 0, 0, nil, nil\n",
+         "  local repays, voided, broken, lost_name, lost_sum = math.min(take - spent, debt), 0, 0, nil, nil\n"
+         "  local back = take - spent - repays\n"),
     ),
 ]
 
@@ -161,13 +163,13 @@ LINES = [
         "reserve.lua",
         ("hold_forgets_its_line", "the settlement does not know what stands on the line",
          "a_hold_takes_grants_first_and_then_the_line",
-         "call('HSET', session, 'hl', text(line))", ""),
+         "call('HSET', session, 'hl', line)", ""),
         ("line_not_counted", "every hold has the whole line for itself",
          "a_hold_takes_grants_first_and_then_the_line",
-         "call('HSET', account, 'hc', text(on_line + line))", ""),
+         "call('HSET', account, 'hc', on_line + line)", ""),
         ("line_counted_alone", "the second hold on the line erases the first",
          "a_hold_takes_grants_first_and_then_the_line",
-         "text(on_line + line)", "text(line)"),
+         "on_line + line)", "line)"),
         ("line_gives_what_was_asked", "a hold passes the limit",
          "a_hold_takes_grants_first_and_then_the_line",
          "line = math.min(room, want_n - taken)", "line = want_n - taken"),
@@ -179,10 +181,10 @@ LINES = [
         "progress.lua",
         ("extension_forgets_the_line", "the settlement does not know what stands on the line",
          "an_extension_goes_on_on_the_line",
-         "text(own + line)", "text(line)"),
+         "'hl', own + line", "'hl', line"),
         ("extension_not_on_the_line", "extensions pass the limit",
          "an_extension_goes_on_on_the_line",
-         "call('HSET', account, 'hc', text(on_line + line))", ""),
+         "call('HSET', account, 'hc', on_line + line)", ""),
         ("extension_without_the_line", "a stream under grace is cut at its last grant",
          "an_extension_goes_on_on_the_line",
          "line = math.min(room, need - taken)", "line = 0"),
@@ -191,13 +193,13 @@ LINES = [
         "_finish.lua",
         ("line_not_released", "a line fills up with ended sessions",
          "a_hold_takes_grants_first_and_then_the_line",
-         "'hc', text(on_line - line)", "'hc', text(on_line)"),
+         "'hc', on_line - line", "'hc', on_line"),
         ("line_without_debt_at_the_end", "what the line paid is a present",
          "a_hold_takes_grants_first_and_then_the_line",
-         "text(debt - repaid + owing)", "text(debt - repaid)"),
+         "'db', debt - repaid + owing", "'db', debt - repaid"),
         ("debt_not_journaled", "Postgres does not know who owes",
          "a_hold_takes_grants_first_and_then_the_line",
-         "'d', text(owing)", "'d', '0'"),
+         "'d', owing", "'d', '0'"),
         ("excess_not_on_the_line", "the house pays although the line could",
          "excess_uses_the_lines_free_room_and_then_the_house",
          "math.min(owed, line + room)", "math.min(owed, line)"),
@@ -230,13 +232,13 @@ LOSSES = [
          "charge_n - charged - absorbed, {}", "charge_n, {}"),
         ("correct_without_debt", "what the line paid is a present",
          "a_correction_goes_beyond_the_grants_like_a_settlement",
-         "'db', text(debt + owing)", "'db', text(debt)"),
+         "'db', debt + owing", "'db', debt"),
         ("correct_charges_the_absorbed", "the user pays what the house absorbs",
          "a_correction_goes_beyond_the_grants_like_a_settlement",
          "stored(money[4]) + (due - left_over)", "stored(money[4]) + due"),
         ("correct_keeps_the_grants", "a correction takes from the account and from no grant",
          "a_swept_session_is_corrected_upward_once",
-         "write_grants(slices, dry)", ""),
+         "  call('HSET', grants, s.a_name, s.a, s.c_name, s.c)\n", ""),
     ),
     *mutants_of(
         "reassert.lua",
@@ -254,7 +256,7 @@ LOSSES = [
          "math.min(now, fence_n)", "now"),
         ("reassert_without_lease", "a hold that nobody sweeps",
          "a_hold_is_made_anew_after_a_loss",
-         "call('ZADD', leases, text(now + lease_n), format('%s|%s', uid, sid))", ""),
+         "call('ZADD', leases, now + lease_n, uid .. '|' .. sid)", ""),
         ("reassert_without_slot", "the settlement frees a slot that was not taken",
          "a_hold_is_made_anew_after_a_loss",
          "call('HSET', limits, 'p', text(slots + 1))", ""),
@@ -280,4 +282,4 @@ LOSSES = [
 ]
 # fmt: on
 
-MUTANTS: list[Mutant] = [*PRELUDE, *RESERVE, *PROGRESS, *FINISH, *ENDINGS, *CREDIT, *GRANTS, *LINES, *LOSSES]
+MUTANTS: list[Mutant] = [*PRELUDE, *RESERVE, *PROGRESS, *FINISH, *ENDINGS, *CREDIT, *GRANTS, *LINES, *LOSSES, *RIGHTS]

@@ -18,6 +18,10 @@ READS = frozenset(("GET", "HGET", "HMGET", "HGETALL", "HLEN", "ZCARD", "ZSCORE",
 WRITES = frozenset(("SET", "HSET", "HSETNX", "HDEL", "DEL", "ZADD", "ZREM", "XADD", "PEXPIRE"))
 
 
+JOINED_IDS = re.compile(r"\b(uid|gid) \.\. '[:|][a-z]?'( \.\. (sid|gid))?")
+"""The only joints: a field's name of a grant, a member of leases; ids are strings that a check let pass."""
+
+
 def code(text: str) -> str:
     """The text without comments."""
     return re.sub(r"--[^\n]*", "", text)
@@ -69,7 +73,7 @@ def test_scripts_are_marked_that_may_run_out_of_memory_and_those_that_only_read(
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_no_number_leaves_lua_except_as_whole_digits(path: Path) -> None:
     text = code(path.read_text())
-    assert ".." not in text.replace("...", "")
+    assert ".." not in JOINED_IDS.sub("", text)
     for banned in ("tostring", "cjson", "cmsgpack", "%d", "%g", "%i"):
         assert banned not in text.replace("'^%d+$'", "").replace("(%d+)", ""), banned
     formats = re.findall(r"format\('([^']*)'", text)

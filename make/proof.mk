@@ -10,3 +10,8 @@ simulate: .venv/.installed ## seeded schedules of the session core (SIMULATE_SCH
 .PHONY: prove-lua
 prove-lua: .venv/.installed ## what the ledger's scripts cost the server, in microseconds
 	@.venv/bin/python -m tests.support.lua_cost
+
+# ---- make prove-drain: how fast a full outbox goes to Postgres, and what the time is spent on (docs/journal.md) ----
+.PHONY: prove-drain
+prove-drain: .venv/.installed ## entries/s from a full outbox to Postgres (DRAIN_ENTRIES=200000; ARGS="--sample --batch 4000")
+	@.venv/bin/python -m tests.support.drain_cost --entries $(or $(DRAIN_ENTRIES),200000) $(ARGS)

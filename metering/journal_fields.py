@@ -33,6 +33,8 @@ _DAY_MS = 86_400_000
 _MS_MAX = 253_402_300_800_000  # the first millisecond of the year 10000
 _YEARS = range(2020, 2200)
 _TOKENS_MAX = 10**12  # a day's sum of such counts stays far inside BIGINT
+_DECODER: Final = msgspec.json.Decoder()
+_ENCODER: Final = msgspec.json.Encoder()
 _NO_METADATA: Row = (None,) * len(METADATA_COLUMNS)
 
 
@@ -42,13 +44,17 @@ class Poison(Exception):
 
 def month_of(sid: str, started_ms: int) -> date:
     """The month of a UUIDv7's own time; of the session's start when `sid` is none or its time is absurd."""
-    if _UUID7.fullmatch(sid):
-        ms = int(sid[:8] + sid[9:13], 16)
-        if ms < _MS_MAX:
-            month = _month_of_day(ms // _DAY_MS)
-            if month.year in _YEARS:
-                return month
-    return _month_of_day(started_ms // _DAY_MS)
+    own = month_of_ms(int(sid[:8] + sid[9:13], 16)) if _UUID7.fullmatch(sid) else None
+    return own or _month_of_day(started_ms // _DAY_MS)
+
+
+def month_of_ms(ms: int) -> date | None:
+    """The month of a time in milliseconds since 1970; None for years that no session is of."""
+    if ms < _MS_MAX:
+        month = _month_of_day(ms // _DAY_MS)
+        if month.year in _YEARS:
+            return month
+    return None
 
 
 @lru_cache(maxsize=256)
@@ -61,24 +67,30 @@ def read_metadata(metadata: bytes) -> Row:
     if not metadata or len(metadata) > METADATA_BYTES_MAX:
         return _NO_METADATA
     try:
-        said = msgspec.json.decode(metadata)
+        said = _DECODER.decode(metadata)
         # Written anew, because Postgres refuses some JSON that parsers take (NUL escapes, huge exponents).
-        kept = msgspec.json.encode(said).decode()
+        kept = _ENCODER.encode(said).decode()
     except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError):
         return _NO_METADATA
     if "\\u0000" in kept:
         return _NO_METADATA
     if not isinstance(said, dict):
         return (*_NO_METADATA[:-1], kept)
-    texts = (said.get(name) for name in ("route", "provider", "model", "source"))
-    counts = (said.get(name) for name in ("prompt", "cached", "cache_write", "output", "reasoning"))
-    stream = said.get("stream")
+    get = said.get  # of every session: no loop where a line does
     return (
-        *(text if isinstance(text, str) and len(text) <= TEXT_CHARS_MAX else None for text in texts),
-        stream if isinstance(stream, bool) else None,
-        *(count if type(count) is int and 0 <= count <= _TOKENS_MAX else None for count in counts),
-        kept,
-    )
+        _text(get("route")), _text(get("provider")), _text(get("model")), _text(get("source")),
+        stream if type(stream := get("stream")) is bool else None,
+        _count(get("prompt")), _count(get("cached")), _count(get("cache_write")), _count(get("output")),
+        _count(get("reasoning")), kept,
+    )  # fmt: skip
+
+
+def _text(said: object) -> str | None:
+    return said if type(said) is str and len(said) <= TEXT_CHARS_MAX else None
+
+
+def _count(said: object) -> int | None:
+    return said if type(said) is int and 0 <= said <= _TOKENS_MAX else None
 
 
 def read_amount(fields: Mapping[bytes, bytes], name: bytes) -> int:

@@ -19,7 +19,8 @@ from metering.journal_rows import (
     SESSION_COLUMNS,
     Rows,
 )
-from storage.database import Connection, Pool
+from metering.journal_usage import USAGE_SUMS, UsageKey, sums_of
+from storage.database import REJECTED, Connection, Pool
 
 Cursor = tuple[int, int]
 """(epoch, n) of the last entry that arrived."""
@@ -31,11 +32,16 @@ _TABLES: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
     "consumption": (CONSUMPTION_COLUMNS, ("shard", "ep", "n", "grant_id")),
     "correction": (CORRECTION_COLUMNS, ("shard", "ep", "n")),
 }
-_SUMS = (
-    "sessions", "charged", "absorbed", "prompt_tokens", "cached_tokens", "cache_write_tokens", "output_tokens",
-    "reasoning_tokens",
-)  # fmt: skip
+_SUMS = USAGE_SUMS
 _COUNTS = _SUMS[1:]
+_USAGE_KEY = ("shard", "account_id", "day", "route", "provider", "model")
+_ADD_USAGE = f"""
+    INSERT INTO usage_rollup AS kept ({", ".join((*_USAGE_KEY, *_SUMS))})
+    SELECT * FROM unnest($1::smallint[], $2::text[], $3::date[], $4::text[], $5::text[], $6::text[],
+        {", ".join(f"${number}::bigint[]" for number in range(7, 7 + len(_SUMS)))})
+    ON CONFLICT ({", ".join(_USAGE_KEY)})
+    DO UPDATE SET {", ".join(f"{name} = kept.{name} + excluded.{name}" for name in _SUMS)}
+"""  # noqa: S608  (names from the tuples above)
 
 
 def _insert(table: str) -> str:
@@ -70,7 +76,9 @@ _SUMMED = {
 def _compare(table: str) -> str:
     columns, key = _TABLES[table]
     same = " AND ".join(f"old.{name} = new.{name}" for name in key)
-    new, old = (", ".join(f"{side}.{name}" for name in columns) for side in ("new", "old"))
+    # What is JSON is compared as it was written: its type has no equality.
+    casts = {"metadata": "::text"}
+    new, old = (", ".join(f"{side}.{name}{casts.get(name, '')}" for name in columns) for side in ("new", "old"))
     return (
         f"SELECT DISTINCT new.shard FROM new_{table} AS new LEFT JOIN {table} AS old ON {same} "  # noqa: S608
         f"WHERE ROW({new}) IS DISTINCT FROM ROW({old})"
@@ -106,7 +114,14 @@ async def open_cursors(pool: Pool, epochs: Mapping[int, int]) -> None:
 
 
 async def prepare(connection: Connection) -> None:
-    """Create the connection's temporary tables (once per connection; each commit empties them)."""
+    """Create the connection's temporary tables (once per connection; each commit empties them).
+
+    A commit is what allows the outbox to be trimmed, so it must be on disk when it returns, whatever the database's own
+    setting says: one that is stronger stays.
+    """
+    await connection.execute(
+        "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
+    )
     for table in _TABLES:
         await connection.execute(f"CREATE TEMPORARY TABLE new_{table} (LIKE {table}) ON COMMIT DELETE ROWS")
 
@@ -127,22 +142,45 @@ async def lock(connection: Connection, shards: Iterable[int]) -> dict[int, Curso
 
 
 async def write(connection: Connection, parts: Sequence[Rows]) -> None:
-    """Insert the rows; rows that exist with the same content are fine. Raises Divergence, or FAILED."""
-    short = []
-    for table, (columns, _key) in _TABLES.items():
-        records: list[Row] = list(chain.from_iterable(getattr(part, table) for part in parts))
-        if not records:
-            continue
-        await connection.copy_records_to_table(f"new_{table}", records=records, columns=columns)
-        if await _inserted(connection, table) != len(records):
-            short.append(table)
-    diverging = [row["shard"] for table in short for row in await connection.fetch(_compare(table))]
-    if diverging:
-        raise Divergence(frozenset(diverging))
+    """Insert the rows; rows that exist with the same content are fine. Raises Divergence, or FAILED.
+
+    Rows of entries after a locked cursor are new, unless there is a second history, or the cursor was set back: so they
+    are copied straight into their tables, and only what Postgres refuses there goes the long way that can compare.
+    """
+    records: dict[str, list[Row]] = {}
+    for table in _TABLES:
+        records[table] = list(chain.from_iterable(getattr(part, table) for part in parts))
+    try:
+        async with connection.transaction():
+            for table, rows in records.items():
+                if rows:
+                    await connection.copy_records_to_table(table, records=rows, columns=_TABLES[table][0])
+            await _add_usage(connection, sums_of(records["session"], records["correction"]))
+    except REJECTED:
+        await _write_compared(connection, records)
     await _confirm(connection, "grant_", "id", list(chain.from_iterable(part.confirmed for part in parts)))
     await _confirm(connection, "revocation", "grant_id", list(chain.from_iterable(part.revoked for part in parts)))
     await _confirm(connection, "adjustment", "id", list(chain.from_iterable(part.adjusted for part in parts)))
     await _confirm_policies(connection, list(chain.from_iterable(part.policies for part in parts)))
+
+
+async def _add_usage(connection: Connection, sums: Mapping[UsageKey, Sequence[int]]) -> None:
+    if sums:
+        keys, counted = zip(*sums, strict=True), zip(*sums.values(), strict=True)
+        await connection.execute(_ADD_USAGE, *map(list, keys), *map(list, counted))
+
+
+async def _write_compared(connection: Connection, records: Mapping[str, Sequence[Row]]) -> None:
+    short = []
+    for table, (columns, _key) in _TABLES.items():
+        if not records[table]:
+            continue
+        await connection.copy_records_to_table(f"new_{table}", records=records[table], columns=columns)
+        if await _inserted(connection, table) != len(records[table]):
+            short.append(table)
+    diverging = [row["shard"] for table in short for row in await connection.fetch(_compare(table))]
+    if diverging:
+        raise Divergence(frozenset(diverging))
 
 
 async def _inserted(connection: Connection, table: str) -> int:

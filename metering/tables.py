@@ -7,6 +7,9 @@ first (grants, revocations, adjustments).
 
 from __future__ import annotations
 
+from datetime import datetime
+from typing import Any
+
 from sqlalchemy import (
     BigInteger,
     Boolean,
@@ -24,9 +27,60 @@ from sqlalchemy import (
     func,
     text,
 )
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import JSON, JSONB
 
 from storage.base import METADATA
+
+
+def _id_form() -> CheckConstraint:
+    return CheckConstraint("id ~ '^[A-Za-z0-9_-]{1,64}$'", name="id_form")
+
+
+def _amount_positive() -> CheckConstraint:
+    return CheckConstraint("amount > 0 AND amount <= 9007199254740991", name="amount_positive")
+
+
+def _now(name: str) -> Column[datetime]:
+    return Column(name, DateTime(timezone=True), nullable=False, server_default=func.now())
+
+
+def _notes() -> Column[str]:
+    return Column("notes", Text, nullable=False, server_default=text("''"))
+
+
+def _applied() -> tuple[Column[int], Column[int], CheckConstraint]:
+    """The entry that confirmed what was written here first."""
+    return (
+        Column("applied_epoch", Integer, nullable=True),
+        Column("applied_n", BigInteger, nullable=True),
+        CheckConstraint("(applied_epoch IS NULL) = (applied_n IS NULL)", name="applied_whole"),
+    )
+
+
+def _place() -> tuple[Column[int], Column[int], Column[int]]:
+    """An entry's own id, as the first part of a primary key."""
+    return (
+        Column("shard", SmallInteger, primary_key=True),
+        Column("ep", Integer, primary_key=True),
+        Column("n", BigInteger, primary_key=True, autoincrement=False),
+    )
+
+
+def _charged() -> tuple[Column[int], ...]:
+    return tuple(Column(name, BigInteger, nullable=False) for name in ("charged", "absorbed", "debt"))
+
+
+def _said() -> tuple[Column[Any], ...]:
+    """What the metadata names (METADATA_COLUMNS of the journal), and itself as it was written."""
+    return (
+        *(Column(name, Text, nullable=True) for name in ("route", "provider", "model", "source")),
+        Column("stream", Boolean, nullable=True),
+        *(Column(name, BigInteger, nullable=True) for name in _TOKEN_COUNTS),
+        Column("metadata", JSON, nullable=True),
+    )
+
+
+_TOKEN_COUNTS = ("prompt_tokens", "cached_tokens", "cache_write_tokens", "output_tokens", "reasoning_tokens")
 
 GRANT = Table(
     "grant_",
@@ -35,16 +89,14 @@ GRANT = Table(
     Column("account_id", Text, ForeignKey("account.id"), nullable=False),
     Column("amount", BigInteger, nullable=False),
     Column("priority", SmallInteger, nullable=False, server_default=text("50")),
-    Column("effective_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    _now("effective_at"),
     Column("expires_at", DateTime(timezone=True), nullable=True),
-    Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
-    Column("notes", Text, nullable=False, server_default=text("''")),
-    Column("applied_epoch", Integer, nullable=True),
-    Column("applied_n", BigInteger, nullable=True),
-    CheckConstraint("id ~ '^[A-Za-z0-9_-]{1,64}$'", name="id_form"),
-    CheckConstraint("amount > 0 AND amount <= 9007199254740991", name="amount_positive"),
+    _now("created_at"),
+    _notes(),
+    *_applied(),
+    _id_form(),
+    _amount_positive(),
     CheckConstraint("priority BETWEEN 0 AND 99", name="priority_known"),
-    CheckConstraint("(applied_epoch IS NULL) = (applied_n IS NULL)", name="applied_whole"),
     Index("ix_grant__account_id", "account_id"),
     Index("ix_grant__pending", "effective_at", postgresql_where=text("applied_n IS NULL")),
 )
@@ -55,13 +107,11 @@ REVOCATION = Table(
     METADATA,
     Column("id", Text, primary_key=True),
     Column("grant_id", Text, ForeignKey("grant_.id"), nullable=False),
-    Column("notes", Text, nullable=False, server_default=text("''")),
-    Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
-    Column("applied_epoch", Integer, nullable=True),
-    Column("applied_n", BigInteger, nullable=True),
+    _notes(),
+    _now("created_at"),
+    *_applied(),
     UniqueConstraint("grant_id", name="uq_revocation_grant_id"),
-    CheckConstraint("id ~ '^[A-Za-z0-9_-]{1,64}$'", name="id_form"),
-    CheckConstraint("(applied_epoch IS NULL) = (applied_n IS NULL)", name="applied_whole"),
+    _id_form(),
     Index("ix_revocation_pending", "id", postgresql_where=text("applied_n IS NULL")),
 )
 """The end of a grant before its time. Written here first, as a grant is; the journal fills `applied_*`."""
@@ -73,13 +123,11 @@ ADJUSTMENT = Table(
     Column("account_id", Text, ForeignKey("account.id"), nullable=False),
     Column("amount", BigInteger, nullable=False),
     Column("whole", Boolean, nullable=False),
-    Column("notes", Text, nullable=False, server_default=text("''")),
-    Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
-    Column("applied_epoch", Integer, nullable=True),
-    Column("applied_n", BigInteger, nullable=True),
-    CheckConstraint("id ~ '^[A-Za-z0-9_-]{1,64}$'", name="id_form"),
-    CheckConstraint("amount > 0 AND amount <= 9007199254740991", name="amount_positive"),
-    CheckConstraint("(applied_epoch IS NULL) = (applied_n IS NULL)", name="applied_whole"),
+    _notes(),
+    _now("created_at"),
+    *_applied(),
+    _id_form(),
+    _amount_positive(),
     Index("ix_adjustment_account_id", "account_id"),
     Index("ix_adjustment_pending", "id", postgresql_where=text("applied_n IS NULL")),
 )
@@ -90,7 +138,7 @@ PRICE_VERSION = Table(
     METADATA,
     Column("id", Text, primary_key=True),
     Column("content", JSONB, nullable=False),
-    Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    _now("created_at"),
 )
 """An immutable compiled price catalog; sessions name the one they were priced with."""
 
@@ -105,25 +153,13 @@ SESSION = Table(
     Column("account_id", Text, nullable=False),
     Column("key_id", Text, nullable=False),
     Column("outcome", Text, nullable=False),
-    Column("charged", BigInteger, nullable=False),
-    Column("absorbed", BigInteger, nullable=False),
-    Column("debt", BigInteger, nullable=False),
+    *_charged(),
     Column("metered", BigInteger, nullable=False),
     Column("prompt_cost", BigInteger, nullable=False),
     Column("price_version", Text, nullable=False),
     Column("started_at", DateTime(timezone=True), nullable=False),
     Column("ended_at", DateTime(timezone=True), nullable=False),
-    Column("route", Text, nullable=True),
-    Column("provider", Text, nullable=True),
-    Column("model", Text, nullable=True),
-    Column("source", Text, nullable=True),
-    Column("stream", Boolean, nullable=True),
-    Column("prompt_tokens", BigInteger, nullable=True),
-    Column("cached_tokens", BigInteger, nullable=True),
-    Column("cache_write_tokens", BigInteger, nullable=True),
-    Column("output_tokens", BigInteger, nullable=True),
-    Column("reasoning_tokens", BigInteger, nullable=True),
-    Column("metadata", JSONB, nullable=True),
+    *_said(),
     Index("ix_session_account_id_started_at", "account_id", "started_at"),
     postgresql_partition_by="RANGE (month)",
 )
@@ -133,28 +169,14 @@ one terminal entry, (shard, ep, n), per session. Fields that its metadata lacked
 CORRECTION = Table(
     "correction",
     METADATA,
-    Column("shard", SmallInteger, primary_key=True),
-    Column("ep", Integer, primary_key=True),
-    Column("n", BigInteger, primary_key=True, autoincrement=False),
+    *_place(),
     Column("month", Date, nullable=False),
     Column("sid", Text, nullable=False),
     Column("account_id", Text, nullable=False),
     Column("key_id", Text, nullable=False),
-    Column("charged", BigInteger, nullable=False),
-    Column("absorbed", BigInteger, nullable=False),
-    Column("debt", BigInteger, nullable=False),
+    *_charged(),
     Column("at", DateTime(timezone=True), nullable=False),
-    Column("route", Text, nullable=True),
-    Column("provider", Text, nullable=True),
-    Column("model", Text, nullable=True),
-    Column("source", Text, nullable=True),
-    Column("stream", Boolean, nullable=True),
-    Column("prompt_tokens", BigInteger, nullable=True),
-    Column("cached_tokens", BigInteger, nullable=True),
-    Column("cache_write_tokens", BigInteger, nullable=True),
-    Column("output_tokens", BigInteger, nullable=True),
-    Column("reasoning_tokens", BigInteger, nullable=True),
-    Column("metadata", JSONB, nullable=True),
+    *_said(),
     Index("ix_correction_sid", "sid"),
     Index("ix_correction_account_id", "account_id"),
 )
@@ -164,9 +186,7 @@ whose row stays as the sweep wrote it; the metadata is the owner's. Append-only.
 ENTRY = Table(
     "entry",
     METADATA,
-    Column("shard", SmallInteger, primary_key=True),
-    Column("ep", Integer, primary_key=True),
-    Column("n", BigInteger, primary_key=True, autoincrement=False),
+    *_place(),
     Column("type", Text, nullable=False),
     Column("account_id", Text, nullable=False),
     Column("sid", Text, nullable=True),
@@ -178,9 +198,7 @@ ENTRY = Table(
 POSTING = Table(
     "posting",
     METADATA,
-    Column("shard", SmallInteger, primary_key=True),
-    Column("ep", Integer, primary_key=True),
-    Column("n", BigInteger, primary_key=True, autoincrement=False),
+    *_place(),
     Column("leg", SmallInteger, primary_key=True, autoincrement=False),
     Column("ledger", Text, nullable=False),
     Column("amount", BigInteger, nullable=False),
@@ -191,9 +209,7 @@ POSTING = Table(
 CONSUMPTION = Table(
     "consumption",
     METADATA,
-    Column("shard", SmallInteger, primary_key=True),
-    Column("ep", Integer, primary_key=True),
-    Column("n", BigInteger, primary_key=True, autoincrement=False),
+    *_place(),
     Column("grant_id", Text, primary_key=True),
     Column("amount", BigInteger, nullable=False),
     Column("breakage", BigInteger, nullable=False),
@@ -211,7 +227,7 @@ RECEIPT = Table(
     Column("seq", BigInteger, nullable=False),
     Column("content", Text, nullable=False),
     Column("applied_epoch", Integer, nullable=True),
-    Column("at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    _now("at"),
     Index("ix_receipt_shard", "shard"),
 )
 """What is known of sessions whose end Postgres may lack, kept through a recovery: `kind` 0 a hold (number `seq` of its
@@ -221,7 +237,7 @@ GATEWAY = Table(
     "gateway",
     METADATA,
     Column("id", Text, primary_key=True),
-    Column("seen_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    _now("seen_at"),
     Column("delivered", Text, nullable=False, server_default=text("''")),
 )
 """The running data workers of all instances, and the last recovery that each has delivered its receipts to."""
@@ -232,19 +248,17 @@ SHARD_CURSOR = Table(
     Column("shard", SmallInteger, primary_key=True, autoincrement=False),
     Column("ep", Integer, nullable=False),
     Column("n", BigInteger, nullable=False),
-    Column("updated_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    _now("updated_at"),
 )
 """How far a shard's outbox has arrived; moves only in the transaction that wrote the rows."""
 
 OUTBOX_DEAD = Table(
     "outbox_dead",
     METADATA,
-    Column("shard", SmallInteger, primary_key=True),
-    Column("ep", Integer, primary_key=True),
-    Column("n", BigInteger, primary_key=True, autoincrement=False),
+    *_place(),
     Column("payload", JSONB, nullable=False),
     Column("reason", Text, nullable=False),
-    Column("at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    _now("at"),
 )
 """Entries that could not become rows, whole, for a person to repair."""
 
@@ -260,11 +274,7 @@ USAGE_ROLLUP = Table(
     Column("sessions", BigInteger, nullable=False),
     Column("charged", BigInteger, nullable=False),
     Column("absorbed", BigInteger, nullable=False),
-    Column("prompt_tokens", BigInteger, nullable=False),
-    Column("cached_tokens", BigInteger, nullable=False),
-    Column("cache_write_tokens", BigInteger, nullable=False),
-    Column("output_tokens", BigInteger, nullable=False),
-    Column("reasoning_tokens", BigInteger, nullable=False),
+    *(Column(name, BigInteger, nullable=False) for name in _TOKEN_COUNTS),
 )
 """Sums per UTC day of a session's end. An unknown route, provider or model is ''. The shard keeps flushers apart."""
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from typing import Any
 
 import pytest
 
-from metering.journal import Alarm
+from metering.journal import Alarm, Flusher
+from metering.journal_store import prepare
 from metering.keys import SHARDS
-from storage.database import FAILED
+from storage.database import FAILED, connect
 from tests.support.journal_entries import append, arrived, settle_fields, sums
 from tests.support.stack import Stack, eventually, uuid7
 
@@ -71,6 +73,77 @@ async def test_an_entry_that_exists_with_other_content_stops_its_shard_and_no_ot
     assert await stack.redis.call("XLEN", SHARDS[3].outbox) == 1
 
 
+async def test_rows_of_one_batch_that_exist_in_part_arrive_whole_and_are_summed_once(stack: Stack) -> None:
+    for n in (1, 2, 3):
+        await append(stack, 3, n, settle_fields("alice", uuid7(), 10 * n))
+    kept = await stack.redis.call("XRANGE", SHARDS[3].outbox, "-", "+")
+    await stack.flusher(batch_max=2).round()
+    await stack.pool.execute("UPDATE shard_cursor SET n = 0 WHERE shard = 3")
+    await stack.redis.call("DEL", SHARDS[3].outbox)
+    for raw, fields in kept:
+        await stack.redis.call("XADD", SHARDS[3].outbox, raw, *fields)
+    assert await stack.flusher().drain() == 3
+    summed = await sums(stack)
+    assert (summed["sessions"], summed["charged"], summed["rolled_sessions"], summed["rolled_charged"]) == (
+        3,
+        60,
+        3,
+        60,
+    )
+    assert (summed["balance"], stack.alarms) == (0, [])
+
+
+async def test_a_shard_with_a_backlog_is_read_deeply_beside_quiet_ones(stack: Stack) -> None:
+    for shard in range(0, 64, 2):
+        await append(stack, shard, 1, settle_fields("alice", uuid7(), 1))
+    for n in range(2, 301):
+        await append(stack, 0, n, settle_fields("alice", uuid7(), 1))
+    flusher = stack.flusher(batch_max=100)
+    for _ in range(2):
+        await flusher.round()
+    assert await stack.pool.fetchval("SELECT n FROM shard_cursor WHERE shard = 0") >= 100
+    for _ in range(2):
+        await flusher.round()
+    assert (
+        await stack.pool.fetchval("SELECT count(*) FROM shard_cursor WHERE n = 0 AND shard % 2 = 0 AND shard < 64") == 0
+    )
+
+
+class Overtaken:
+    """A client that tells how far shard 3 is while one more of its entries is made, and moved by another flusher."""
+
+    def __init__(self, stack: Stack) -> None:
+        self._stack = stack
+
+    async def call(self, *words: str | bytes | int) -> Any:
+        answer = await self._stack.redis.call(*words)
+        if words[:2] == ("HMGET", SHARDS[3].meta):
+            await append(self._stack, 3, int(answer[1]) + 1, settle_fields("alice", uuid7(), 1))
+            await self._stack.flusher().drain()
+        return answer
+
+
+async def test_what_moves_while_the_journal_is_looked_at_is_no_loss(stack: Stack) -> None:
+    await append(stack, 3, 1, settle_fields("alice", uuid7(), 1))
+    flusher = Flusher(Overtaken(stack), stack.database_url, on_alarm=stack.alarms.append)
+    await flusher.drain()
+    for _ in range(2):
+        assert (await flusher.inspect()).stopped_shards == {}
+    assert (await sums(stack))["sessions"] == 3
+    assert stack.alarms == []
+    await flusher.aclose()
+
+
+async def test_a_commit_is_on_disk_before_the_trim_whatever_the_database_is_set_to(stack: Stack) -> None:
+    name = await stack.pool.fetchval("SELECT current_database()")
+    for setting, used in (("off", "on"), ("remote_apply", "remote_apply"), ("local", "local")):
+        await stack.pool.execute(f"ALTER DATABASE {name} SET synchronous_commit = '{setting}'")
+        connection = await connect(stack.database_url)
+        await prepare(connection)
+        assert await connection.fetchval("SHOW synchronous_commit") == used
+        await connection.close()
+
+
 async def test_a_second_terminal_entry_of_a_session_is_divergence(stack: Stack) -> None:
     sid = uuid7()
     await append(stack, 3, 1, settle_fields("alice", sid, 70))
@@ -127,6 +200,32 @@ async def test_sessions_of_any_month_find_a_partition(stack: Stack) -> None:
     await stack.flusher().drain()
     months = [str(row["month"]) for row in await stack.pool.fetch("SELECT month FROM session ORDER BY month")]
     assert months == ["2020-01-01", "2026-11-01", "2100-01-01"]
+
+
+async def test_sessions_on_both_sides_of_a_month_s_end_lie_in_their_own_months(stack: Stack) -> None:
+    turn = 1_796_083_200_000  # 2026-12-01
+    moments = (turn - 1, turn, turn - 2, turn + 1)
+    for n, moment in enumerate(moments, start=1):
+        await append(stack, 3, n, settle_fields("alice", uuid7(moment), n))
+    await stack.flusher().drain()
+    rows = await stack.pool.fetch("SELECT tableoid::regclass::text AS place, charged FROM session ORDER BY charged")
+    assert [row["place"] for row in rows] == ["session_p2026_11", "session_p2026_12"] * 2
+
+
+async def test_a_month_that_was_put_elsewhere_gets_a_table_of_its_own_again(stack: Stack) -> None:
+    moment = 1_577_836_800_000
+    await append(stack, 3, 1, settle_fields("alice", uuid7(moment), 1))
+    flusher = stack.flusher()
+    await flusher.drain()
+    for statement in (
+        "ALTER TABLE session DETACH PARTITION session_p2020_01",
+        "CREATE SCHEMA archive",
+        "ALTER TABLE session_p2020_01 SET SCHEMA archive",
+    ):
+        await stack.pool.execute(statement)
+    await append(stack, 3, 2, settle_fields("alice", uuid7(moment + 1), 1))
+    assert await flusher.drain() == 1
+    assert (await stack.pool.fetchval("SELECT count(*) FROM session"), stack.alarms) == (1, [])
 
 
 async def test_a_partition_that_was_removed_is_made_again(stack: Stack) -> None:

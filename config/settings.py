@@ -24,6 +24,10 @@ CALL_MS_WITH_REPLICAS = 500
 """A settlement's call holds a wait of 250 ms for a replica; a shorter bound would take that for silence."""
 
 
+_ZERO_IS_OFF = frozenset(("audit_every_ms",))
+"""Keys for which 0 turns something off, in tables where everything else is at least 1."""
+
+
 class ConfigError(Exception):
     """The configuration is not usable."""
 
@@ -83,6 +87,7 @@ class Metering(_Table, frozen=True):
     sweep_every_ms: int = 1_000
     flush_every_ms: int = 200
     flush_batch_max: int = 2_000
+    audit_every_ms: int = 1_000
     outbox_age_s_max: int = 7_200
     outbox_memory_percent_max: int = 25
 
@@ -256,8 +261,9 @@ def _check(settings: Settings, path: Path) -> None:
     for table, least in ((settings.server, 0), (settings.bounds, 1), (settings.metering, 1), (settings.redis, 0)):
         for name in table.__struct_fields__:
             value = getattr(table, name)
-            if isinstance(value, int) and value < least:
-                raise ConfigError(f"{path}: {type(table).__name__.lower()}.{name}: {value} is below {least}.")
+            bound = 0 if name in _ZERO_IS_OFF else least
+            if isinstance(value, int) and value < bound:
+                raise ConfigError(f"{path}: {type(table).__name__.lower()}.{name}: {value} is below {bound}.")
     try:
         listen_address(settings.server.metrics_listen)
     except ConfigError as error:

@@ -1,5 +1,5 @@
-"""The ledger process: flusher, sweeper, expirer, pending grants and changes, the journal's published state. One per
-instance.
+"""The ledger process: flusher, sweeper, expirer, pending grants and changes, recovery, online audit, the journal's
+published state. One per instance.
 
 Must not: serve clients. It may be killed at any moment: everything it does is resumed by the next one.
 """
@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_serv
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from config import logs, run, settings
+from gateway import auditing
 from gateway.children import tell_ready, watch_parent
 from gateway.recovering import FROZEN, watch
 from gateway.settling import open_settling
@@ -25,6 +26,7 @@ from metering import grant_changes, grants, policies
 from metering.expirer import Expirer
 from metering.journal import Alarm, Flusher
 from metering.ledger import Expired, Swept
+from metering.online_audit import OnlineAudit
 from metering.recovery import Recovery
 from metering.redis_ledger import RedisLedger
 from metering.status import STATUS_KEY, STATUS_TTL_S, JournalReport
@@ -97,6 +99,9 @@ async def serve() -> None:
     recovery.stopped = flusher.stopped
     sweeper = Sweeper(ledger, every_ms=config.metering.sweep_every_ms, on_swept=_swept)
     expirer = Expirer(ledger, every_ms=config.metering.sweep_every_ms, on_expired=_expired)
+    audit = auditing.watch(
+        redis, ledger, this_run.database_url, config.metering.audit_every_ms, stopped=flusher.stopped
+    )
     if not settings.is_loopback(this_run.host):
         _serve_metrics(config.server.metrics_listen)
     jobs: list[asyncio.Task[None]] = [
@@ -106,8 +111,9 @@ async def serve() -> None:
             flusher.run(),
             sweeper.run(),
             expirer.run(),
-            _publish(redis, flusher, recovery),
+            _publish(redis, flusher, recovery, audit),
             _apply_grants(this_run.database_url, ledger),
+            *([] if audit is None else [audit.run()]),
         )
     ]
     await _until_asked(jobs)
@@ -135,7 +141,7 @@ async def _until_asked(jobs: list[asyncio.Task[None]]) -> None:
             await job  # a job never ends by itself: let its error end the process, the supervisor starts it again
 
 
-async def _publish(redis: Redis, flusher: Flusher, recovery: Recovery) -> None:
+async def _publish(redis: Redis, flusher: Flusher, recovery: Recovery, audit: OnlineAudit | None) -> None:
     """Tell the workers and the metrics how the journal stands."""
     delivered = 0
     while True:
@@ -147,6 +153,7 @@ async def _publish(redis: Redis, flusher: Flusher, recovery: Recovery) -> None:
         DEAD.set(status.dead)
         STOPPED.set(len(status.stopped_shards))
         FROZEN.set(recovery.frozen)
+        auditing.publish(audit)
         try:
             report = JournalReport(
                 entries_behind=status.entries_behind,

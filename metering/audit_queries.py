@@ -62,7 +62,8 @@ _SESSIONS = f"""
         SELECT shard, ep, n, account_id, charged, absorbed FROM session
         UNION ALL SELECT shard, ep, n, account_id, charged, absorbed FROM correction) e WHERE {_UNTIL}"""  # noqa: S608
 _GRANTS = """
-    SELECT g.id, g.amount, g.expires_at, g.applied_n,
+    SELECT g.id, g.amount, g.expires_at,
+        coalesce((g.applied_epoch, g.applied_n) <= ($2::int, $3::bigint), false) AS confirmed,
         coalesce((r.applied_epoch, r.applied_n) <= ($2::int, $3::bigint), false) AS revoked
     FROM grant_ g LEFT JOIN revocation r ON r.grant_id = g.id WHERE g.account_id = $1"""
 
@@ -83,7 +84,7 @@ async def projection(connection: Connection, account: str, shard: int, epoch: in
         session_absorbed=sessions["absorbed"],
         grants={
             gid: _grant_rows(own.get(gid), taken.get(gid), sums.get(f"user:avail:{gid}", 0))
-            for gid in posted | taken.keys() | {gid for gid, row in own.items() if row["applied_n"] is not None}
+            for gid in posted | taken.keys() | {gid for gid, row in own.items() if row["confirmed"]}
         },
     )
 
@@ -92,7 +93,7 @@ def _grant_rows(own: Any, taken: Any, held: int) -> GrantRows:
     return GrantRows(
         issued=own["amount"] if own else None,
         expires_ms=None if own is None else to_ms(own["expires_at"]) if own["expires_at"] else 0,
-        confirmed=own is not None and own["applied_n"] is not None,
+        confirmed=own is not None and own["confirmed"],
         held=held,
         consumed=taken["consumed"] if taken else 0,
         expired=taken["expired"] if taken else 0,
@@ -238,10 +239,32 @@ async def broken_rules(pool: Pool, timeout_s: float) -> list[Finding]:
     return findings
 
 
-async def accounts(pool: Pool, only: Sequence[str] | None) -> dict[str, int]:
+async def accounts(pool: Pool | Connection, only: Sequence[str] | None) -> dict[str, int]:
     """Account id -> shard, of all or of those named."""
     rows = await pool.fetch("SELECT id, shard FROM account WHERE $1::text[] IS NULL OR id = ANY($1) ORDER BY id", only)
     return {row["id"]: row["shard"] for row in rows}
+
+
+async def account_ends(connection: Connection) -> tuple[str, str]:
+    """The first and the last account id; both '' without accounts."""
+    row = await connection.fetchrow("SELECT min(id) AS first, max(id) AS last FROM account")
+    return row["first"] or "", row["last"] or ""
+
+
+async def accounts_after(connection: Connection, after: str, limit: int) -> dict[str, int]:
+    """Account id -> shard of the next accounts by id, in their order."""
+    rows = await connection.fetch("SELECT id, shard FROM account WHERE id > $1 ORDER BY id LIMIT $2", after, limit)
+    return {row["id"]: row["shard"] for row in rows}
+
+
+async def accounts_of(connection: Connection, entries: Sequence[tuple[int, int, int]]) -> set[tuple[str, int]]:
+    """Account id and shard of journal entries (shard, epoch, n); one that does not exist has none."""
+    rows = await connection.fetch(
+        "SELECT account_id, shard FROM unnest($1::smallint[], $2::int[], $3::bigint[]) AS named(shard, ep, n) "
+        "JOIN entry USING (shard, ep, n)",
+        *map(list, zip(*entries, strict=True)),
+    )
+    return {(row["account_id"], row["shard"]) for row in rows}
 
 
 async def pending_grants(pool: Pool, only: Sequence[str] | None) -> tuple[str, ...]:

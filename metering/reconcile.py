@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from metering import audit_queries as rows
+from metering.journal_store import Cursor
 from metering.keys import SHARDS
 from metering.ledger import AccountRef, GrantState, LedgerError, LedgerUnavailable, Snapshot
-from storage.database import Pool
+from metering.ledger_calls import answered
+from storage.database import Connection, Pool
 from storage.redis_open import servers
 
 AT_ONCE: Final = 4
 POLL_FIRST_S: Final = 0.005
 POLL_MAX_S: Final = 0.25
-SNAPSHOT_TRIES: Final = 40
+SNAPSHOT_TRIES: Final = 20
 SNAPSHOT_PAUSE_S: Final = 0.01
 RULES_TIMEOUT_S: Final = 600.0
 Value = int | str | None
@@ -50,6 +53,37 @@ class Difference:
     redis: Value
     postgres: Value
     micros: int
+
+    @property
+    def expected(self) -> Value:
+        """What had to be there: what a rule of one store asks for, else what Postgres has, which is the ledger."""
+        asked = self.redis if _asks(self.redis) else self.postgres
+        text = str(asked).removeprefix(_EXPECTED)
+        return asked if not _asks(asked) else int(text) if text.lstrip("-").isdigit() else text
+
+    @property
+    def found(self) -> Value:
+        """What is there instead."""
+        return self.postgres if _asks(self.redis) else self.redis
+
+
+_EXPECTED: Final = "expected "
+
+
+def _asks(value: Value) -> bool:
+    return isinstance(value, str) and value.startswith(_EXPECTED)
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """One account as Redis has it at one instant, with what is wrong there already, without asking Postgres.
+
+    `busy`: sessions opened so fast that they could not all be read, so that their sums were not checked."""
+
+    ref: AccountRef
+    snapshot: Snapshot
+    found: tuple[Difference, ...]
+    busy: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +116,7 @@ class _Account:
     def holds(self, what: str, redis: int, expected: int) -> None:
         """An invariant inside of Redis; both values are its own."""
         if redis != expected:
-            self.found.append(Difference(self.id, what, redis, f"expected {expected}", abs(redis - expected)))
+            self.found.append(Difference(self.id, what, redis, f"{_EXPECTED}{expected}", abs(redis - expected)))
 
 
 async def audit(
@@ -104,7 +138,7 @@ async def audit(
     if named is None:
         differences = [_found(one) for one in await rows.broken_rules(pool, RULES_TIMEOUT_S)]
         differences += await _positions(pool, redis)
-        differences += _strangers(known, await _in_redis(redis))
+        differences += strangers(known, await _in_redis(redis))
     else:
         unknown = sorted(set(named) - known.keys())
         differences = [Difference(name, "the account is in Postgres", None, None, 0) for name in unknown]
@@ -124,7 +158,7 @@ async def audit(
     return AuditReport(len(known), tuple(differences), *pending)
 
 
-def _strangers(known: dict[str, int], present: set[tuple[str, int]]) -> list[Difference]:
+def strangers(known: dict[str, int], present: set[tuple[str, int]]) -> list[Difference]:
     """Accounts of Redis that Postgres lacks (they join `known`, so that they are audited too) or has elsewhere."""
     found = []
     for account, shard in sorted(present):
@@ -151,7 +185,7 @@ async def _positions(pool: Pool, redis: Redis) -> list[Difference]:
 def _found(finding: rows.Finding) -> Difference:
     both = isinstance(finding.expected, int) and isinstance(finding.found, int)
     micros = abs(int(finding.expected or 0) - int(finding.found or 0)) if both else 0
-    expected = None if finding.expected is None else f"expected {finding.expected}"
+    expected = None if finding.expected is None else f"{_EXPECTED}{finding.expected}"
     return Difference(finding.account, finding.what, expected, finding.found, micros)
 
 
@@ -173,81 +207,131 @@ async def _on_server(server: Redis) -> set[tuple[str, int]]:
 
 
 async def _account(pool: Pool, ledger: AuditedLedger, redis: Redis, ref: AccountRef, wait_s: float) -> list[Difference]:
-    check = _Account(ref.id, [])
+    taken = await take(ledger, redis, ref)
+    if isinstance(taken, Difference):
+        return [taken]
+    snapshot = taken.snapshot
+    unread = [
+        Difference(
+            ref.id,
+            "its sessions can be read: too many open at the moment",
+            snapshot.balance.sessions,
+            len(snapshot.sessions),
+            0,
+        )
+    ]
+    at = await awaited(pool, taken, wait_s)
+    if not arrived(taken, at):
+        stands = "no cursor" if at is None else f"{at[0]}-{at[1]}"
+        late = Difference(ref.id, "the journal arrives", f"{snapshot.epoch}-{snapshot.entry}", stands, 0)
+        return [*taken.found, late]
+    async with pool.acquire() as connection:
+        return [*await compare(connection, taken), *(unread if taken.busy else ())]
+
+
+async def take(ledger: AuditedLedger, redis: Redis, ref: AccountRef) -> Taken | Difference:
+    """Read an account in Redis and check what it says of itself; a Difference when it cannot be read.
+
+    Raises LedgerUnavailable, also LedgerFrozen."""
     try:
-        taken = await _settled_snapshot(ledger, ref)
+        snapshot, busy = await _settled_snapshot(ledger, ref)
+        check = _Account(ref.id, [])
+        await _check_lifetimes(check, redis, ref, snapshot)
     except LedgerUnavailable:
         raise
-    except (LedgerError, ValueError) as error:
-        check.found.append(Difference(ref.id, "the account can be read", str(error), None, 0))
-        return check.found
-    _check_inside(check, taken)
-    await _check_lifetimes(check, redis, ref, taken)
-    arrived = await _arrived(pool, ref.shard, taken, wait_s)
-    if arrived:
-        check.found.append(Difference(ref.id, "the journal arrives", f"{taken.epoch}-{taken.entry}", arrived, 0))
-        return check.found
-    async with pool.acquire() as connection:
-        projected = await rows.projection(connection, ref.id, ref.shard, taken.epoch, taken.entry)
-    _check_across(check, taken, projected)
+    except (LedgerError, ValueError, LookupError) as error:
+        return unreadable(ref, error)
+    _check_inside(check, snapshot)
+    if not busy:
+        _check_sessions(check, snapshot)
+    return Taken(ref, snapshot, tuple(check.found), busy)
+
+
+def unreadable(ref: AccountRef, error: Exception) -> Difference:
+    """What is told of an account that something damaged in Redis keeps from being read."""
+    return Difference(ref.id, "the account can be read", str(error), None, 0)
+
+
+async def compare(connection: Connection, taken: Taken) -> list[Difference]:
+    """All that is wrong with an account whose journal has arrived. Raises `storage.database.FAILED`."""
+    check, snapshot = _Account(taken.ref.id, list(taken.found)), taken.snapshot
+    projected = await rows.projection(connection, taken.ref.id, taken.ref.shard, snapshot.epoch, snapshot.entry)
+    _check_across(check, snapshot, projected)
     return check.found
 
 
-async def _settled_snapshot(ledger: AuditedLedger, ref: AccountRef) -> Snapshot:
-    """A snapshot that holds every open session.
+async def _settled_snapshot(ledger: AuditedLedger, ref: AccountRef) -> tuple[Snapshot, bool]:
+    """A snapshot that holds every open session; True with one that could not, because there is too much traffic.
 
     Sessions are listed before the snapshot is taken, so on a busy account one that opened in between is missing. That
-    passes with another try (at a random moment, to leave the rhythm of the traffic); a real loss does not.
+    passes with another try (at a random moment, to leave the rhythm of the traffic): how many are missing is a throw of
+    dice. A session that is really lost is missing each time: the smallest number comes again and again.
     """
-    taken = await ledger.snapshot(ref)
-    for _ in range(SNAPSHOT_TRIES):
-        if len(taken.sessions) == taken.balance.sessions:
-            break
+    best = taken = await ledger.snapshot(ref)
+    missing = Counter([_missing(taken)])
+    while _missing(taken) > 0 and missing.total() <= SNAPSHOT_TRIES:
         await asyncio.sleep(random.uniform(0, SNAPSHOT_PAUSE_S))  # noqa: S311  (no secret)
         taken = await ledger.snapshot(ref)
-    return taken
+        missing[_missing(taken)] += 1
+        best = min(best, taken, key=_missing)
+    return best, _missing(best) > 0 and missing[_missing(best)] * 4 < missing.total() * 3
 
 
-async def _arrived(pool: Pool, shard: int, taken: Snapshot, wait_s: float) -> str:
-    """Wait until Postgres has the entries of the snapshot. Answers where it stands instead, '' when it has them."""
+def _missing(taken: Snapshot) -> int:
+    """How many open sessions the account counts beyond those that were read."""
+    return taken.balance.sessions - len(taken.sessions)
+
+
+async def awaited(connection: Connection | Pool, taken: Taken, wait_s: float) -> Cursor | None:
+    """Wait until Postgres has the entries of the snapshot, or never will: how far it then is, None without a cursor."""
     loop, pause_s = asyncio.get_running_loop(), POLL_FIRST_S
     ends = loop.time() + wait_s
     while True:
-        row = await pool.fetchrow("SELECT ep, n FROM shard_cursor WHERE shard = $1", shard)
-        if row is not None and row["ep"] == taken.epoch and row["n"] >= taken.entry:
-            return ""
-        if loop.time() >= ends or (row is not None and row["ep"] > taken.epoch):
-            return "no cursor" if row is None else f"{row['ep']}-{row['n']}"
+        row = await connection.fetchrow("SELECT ep, n FROM shard_cursor WHERE shard = $1", taken.ref.shard)
+        at = None if row is None else (row["ep"], row["n"])
+        if arrived(taken, at) or loop.time() >= ends or (at is not None and at[0] > taken.snapshot.epoch):
+            return at
         await asyncio.sleep(pause_s)
         pause_s = min(pause_s * 2, POLL_MAX_S)
 
 
+def arrived(taken: Taken, at: Cursor | None) -> bool:
+    """Whether Postgres, being at the cursor, has the entries of the snapshot."""
+    return at is not None and at[0] == taken.snapshot.epoch and at[1] >= taken.snapshot.entry
+
+
 def _check_inside(check: _Account, taken: Snapshot) -> None:
-    """I1-I5 and I7 on the snapshot alone."""
-    balance, grants, sessions = taken.balance, taken.grants, taken.sessions
+    """I1, I2, I5, I6 and the single sessions, on the snapshot alone."""
+    balance, grants = taken.balance, taken.grants
     for gid, grant in grants.items():
         parts = _parts(grant)
         check.holds(f"I1 grant {gid}: issued is the sum of its parts", grant.issued, sum(parts))
         check.holds(f"I1 grant {gid}: no part is negative", min(0, *parts), 0)
-        slices = sum(session.slices.get(gid, 0) for session in sessions.values())
-        check.holds(f"I3 grant {gid}: held is the sum of the sessions' slices", grant.held, slices)
         listed = taken.burn_order.count(gid)
         check.holds(f"grant {gid}: with credit left it is in the burn order once", listed, _listings(grant, listed))
         check.holds(f"grant {gid}: revoked, it has nothing available", grant.available if grant.revoked else 0, 0)
     check.holds("I2 available is the sum of the grants", balance.available, _sum(g.available for g in grants.values()))
     on_grants = _sum(g.held for g in grants.values())
     check.holds("I3 held is the sum of the grants and the credit line", balance.held, on_grants + balance.line)
-    check.holds("I3 the line is the sum of the sessions", balance.line, _sum(s.line for s in sessions.values()))
-    check.holds("I3 held is the sum of the sessions", balance.held, _sum(s.held for s in sessions.values()))
-    check.holds("I4 sessions are counted", balance.sessions, len(sessions))
     consumed = _sum(g.consumed for g in grants.values())
     check.holds("I5 charged is consumption and debt", balance.charged, consumed + balance.debt)
     live = _sum(g.available for g in grants.values() if g.expires_ms == 0 or g.expires_ms > taken.now_ms)
     check.holds("I6 who owes has nothing to spend", min(balance.debt, live), 0)
-    for sid, session in sessions.items():
+    for sid, session in taken.sessions.items():
         covered = _sum(session.slices.values()) + session.line
         check.holds(f"I3 session {sid}: the hold is the sum of its slices and its line", session.held, covered)
         check.holds(f"I4 session {sid}: it has a lease", int(session.lease_until_ms is not None), 1)
+
+
+def _check_sessions(check: _Account, taken: Snapshot) -> None:
+    """I3 and I4: what the account and its grants hold is what all the sessions together hold."""
+    balance, sessions = taken.balance, taken.sessions
+    for gid, grant in taken.grants.items():
+        slices = _sum(session.slices.get(gid, 0) for session in sessions.values())
+        check.holds(f"I3 grant {gid}: held is the sum of the sessions' slices", grant.held, slices)
+    check.holds("I3 the line is the sum of the sessions", balance.line, _sum(s.line for s in sessions.values()))
+    check.holds("I3 held is the sum of the sessions", balance.held, _sum(s.held for s in sessions.values()))
+    check.holds("I4 sessions are counted", balance.sessions, len(sessions))
 
 
 def _parts(grant: GrantState) -> tuple[int, ...]:
@@ -265,11 +349,13 @@ def _sum(amounts: Iterable[int]) -> int:
 
 async def _check_lifetimes(check: _Account, redis: Redis, ref: AccountRef, taken: Snapshot) -> None:
     """I7: a held session never expires. A session that ended since the snapshot may, so its state is read last."""
-    for sid in taken.sessions:
-        key = SHARDS[ref.shard].session + sid
-        ttl = await redis.call("PTTL", key)
-        if ttl != -1 and await redis.call("HGET", key, "st") == b"H":
-            check.found.append(Difference(ref.id, f"I7 session {sid}: a hold has no time to live", ttl, None, 0))
+    keys = {sid: SHARDS[ref.shard].session + sid for sid in taken.sessions}
+    lives = await answered(asyncio.gather(*(redis.call("PTTL", key) for key in keys.values())))
+    mortal = {sid: life for sid, life in zip(keys, lives, strict=True) if life != -1}
+    states = await answered(asyncio.gather(*(redis.call("HGET", keys[sid], "st") for sid in mortal)))
+    for (sid, life), state in zip(mortal.items(), states, strict=True):
+        if state == b"H":
+            check.found.append(Difference(ref.id, f"I7 session {sid}: a hold has no time to live", life, None, 0))
 
 
 def _check_across(check: _Account, taken: Snapshot, projected: rows.Projection) -> None:

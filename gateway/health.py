@@ -16,11 +16,10 @@ import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from config.settings import Metering
 from metering.keys import SHARD_COUNT, SHARDS
 from metering.ledger_calls import FROZEN
+from metering.outbox_watch import OutboxWatch
 from metering.server_check import replicas_word, verified
-from metering.status import STATUS_KEY, JournalReport, decode_report
 from proxy.live_sessions import LiveSessions
 from storage.database import FAILED, Connection, connect
 from storage.redis_client import RedisError
@@ -46,16 +45,16 @@ class Readiness:
 class Health:
     """The health of one worker."""
 
-    def __init__(self, redis: Redis, database_url: str, live: LiveSessions, metering: Metering) -> None:
+    def __init__(self, redis: Redis, database_url: str, live: LiveSessions, outbox: OutboxWatch) -> None:
         self._redis = redis
         self._database_url = database_url
         self._live = live
-        self._metering = metering
+        self._outbox = outbox
         self.old_server: str | None = None
         """The Redis server's version when it is older than supported; it serves, degraded."""
         self.replicas = 0
         """Replicas that settlements count on; with 0 the server is not asked for any."""
-        self._parts = {"redis": "unreachable", "postgres": "degraded: unreachable", "journal": "unknown"}
+        self._parts = {"redis": "unreachable", "postgres": "degraded: unreachable"}
         self._connection: Connection | None = None
         self._jobs: dict[str, asyncio.Task[None]] = {}
         self._checked: set[str] = set()
@@ -64,8 +63,9 @@ class Health:
     async def readiness(self) -> Readiness:
         """Draining, Redis unreachable or frozen, or an outbox past its bound: not ready. Postgres down: degraded."""
         await self._watch()
-        parts = {"gateway": "draining" if self._live.draining else "ok", **self._parts}
-        bad = parts["gateway"] == "draining" or parts["redis"] in UNUSABLE or parts["journal"] == "over its bound"
+        gateway = "draining" if self._live.draining else "ok"
+        parts = {"gateway": gateway, **self._parts, "journal": self._journal_word()}
+        bad = self._live.draining or parts["redis"] in UNUSABLE or self._outbox.over is not None
         return Readiness(not bad, parts)
 
     async def _watch(self) -> None:
@@ -89,12 +89,15 @@ class Health:
         finally:
             self._drop()
 
-    def _journal_word(self, report: JournalReport | None) -> str:
+    def _journal_word(self) -> str:
+        """The watch's state, which also closes admission: never a second look at the same figures."""
+        report = self._outbox.report
+        if self._outbox.over is not None:
+            return "over its bound"
+        if not self._outbox.readable:
+            return "unknown"
         if report is None:
             return "no flusher running"
-        over_age = report.oldest_age_ms > self._metering.outbox_age_s_max * 1000
-        if over_age or report.memory_percent >= self._metering.outbox_memory_percent_max:
-            return "over its bound"
         if report.stopped_shards:
             return f"{report.stopped_shards} shards stopped"
         return f"{report.entries_behind}{BEHIND}" if report.entries_behind else "ok"
@@ -103,20 +106,18 @@ class Health:
         try:
             epoch, closed = await self._redis.call("HMGET", SHARDS[0].meta, "ep", "fz")
             usable = epoch not in (None, FROZEN) and closed is None and await verified(self._redis)
-            raw = await self._redis.call("GET", STATUS_KEY)
             if self.replicas:
                 self._parts["replicas"] = await replicas_word(self._redis, self.replicas)
         except RedisError:
-            self._parts |= {"redis": "unreachable", "journal": "unknown"}
-            self._parts |= {"replicas": "unknown"} if self.replicas else {}
+            self._parts |= {"redis": "unreachable"} | ({"replicas": "unknown"} if self.replicas else {})
             return
         fit = "ok" if self.old_server is None else f"degraded: {self.old_server} is too old"
         fit = fit if self._redis.connected else "degraded: a primary is not connected"
-        report = decode_report(raw)
+        report = self._outbox.report
         frozen = report.frozen_shards if report is not None else 0
         if 0 < frozen < SHARD_COUNT:
             fit = f"degraded: {frozen} shards frozen"
-        self._parts |= {"redis": fit if usable else "frozen", "journal": self._journal_word(report)}
+        self._parts |= {"redis": fit if usable else "frozen"}
 
     async def _check_postgres(self) -> None:
         """One query, on a connection that is kept: a new one a second would be work for the server."""

@@ -21,6 +21,7 @@ from gateway import errors
 from gateway.app import Front, create_app
 from gateway.health import Health
 from gateway.settling import open_settling
+from metering.outbox_watch import OutboxWatch
 from metering.ranks import encoding
 from metering.receipts import Keeper
 from metering.redis_ledger import RedisLedger
@@ -80,6 +81,9 @@ async def open_worker(run: Run, settings: Settings, secrets: Secrets, pepper: by
         stack.push_async_callback(transport.aclose)
         live = LiveSessions(ledger, settings.metering, settings.bounds)
         live.start()
+        outbox = OutboxWatch(redis, settings.metering, live.outbox_changed)
+        await outbox.start()
+        stack.push_async_callback(outbox.aclose)
         settler = Settler(ledger, live, catalog.version, settings.bounds.settle_reply_ms)
         owner = f"{os.getpid()}-{os.urandom(4).hex()}"
         keeper = Keeper(redis, run.database_url, settler.receipts, live.holds, owner)
@@ -87,7 +91,7 @@ async def open_worker(run: Run, settings: Settings, secrets: Secrets, pepper: by
         stack.push_async_callback(keeper.aclose)
         plane = _plane(settings, routes, catalog.version, (ledger, live, keys, transport), (settler, owner))
         stack.push_async_callback(plane.aclose)
-        health = Health(redis, run.database_url, live, settings.metering)
+        health = Health(redis, run.database_url, live, outbox)
         health.old_server = (await inspect(redis)).old
         health.replicas = settings.redis.replicas
         app = create_app(plane, health, with_metrics=is_loopback(run.host))

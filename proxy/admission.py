@@ -6,7 +6,6 @@ Must not: read the body's bytes itself, answer the client, or call a provider.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Mapping
 
 import msgspec
@@ -48,7 +47,7 @@ from proxy.errors import (
 )
 from proxy.idempotency import repeat_error
 from proxy.ids import session_id
-from proxy.live_session import LiveSession, boot_ms
+from proxy.live_session import LiveSession
 from proxy.live_sessions import LiveSessions
 from proxy.request import ChatRequest
 from proxy.threads import Threads
@@ -114,6 +113,7 @@ class Admission:
     ) -> None:
         self._ledger = ledger
         self._live = live
+        self._clock = live.clock
         self._routes = routes
         self._price_version = price_version
         self._owner = owner
@@ -147,7 +147,7 @@ class Admission:
             size = self._worst_case(rates, request, prompt.hold, route.max_output_tokens)
         if size.want > MICROS_MAX:
             raise InvalidValue("The request could cost more than the gateway can hold.", param="max_tokens")
-        asked_ms = boot_ms()
+        asked_ms = self._clock.boot_ms()
         hold = self._hold(caller, request, route, prompt, size, request_id)
         reply = await self._ask(hold)
         held = reply if isinstance(reply, Held) else await self._not_held(hold, reply)
@@ -270,13 +270,13 @@ class Admission:
     async def _ask(self, hold: HoldRequest) -> Held | Refused | Repeated:
         """One reserve, again while answers are lost at once; one given up is voided so that a late one cannot leak."""
         reply: Held | Refused | Repeated | None = None
-        began = time.monotonic()
+        began = self._clock.monotonic()
         while reply is None:
             try:
                 reply = await self._ledger.reserve(hold)
             except LedgerUnavailable:
                 # A lost connection is worth another try; a call that timed out is not: the client is waiting.
-                if time.monotonic() - began > RETRY_WITHIN_S:
+                if self._clock.monotonic() - began > RETRY_WITHIN_S:
                     break
                 await asyncio.sleep(RETRY_PAUSE_S)
             except LedgerError:
@@ -289,13 +289,13 @@ class Admission:
 
     async def _give_up(self, ref: SessionRef) -> None:
         """Until the ledger has it, or until a hold that it may have made is swept."""
-        ends = time.monotonic() + self._metering.lease_ms / 1000
+        ends = self._clock.monotonic() + self._metering.lease_ms / 1000
         while True:
             try:
                 await self._ledger.void(ref)
                 return
             except LedgerUnavailable:
-                if time.monotonic() > ends:
+                if self._clock.monotonic() > ends:
                     break
             await asyncio.sleep(GIVE_UP_PAUSE_S)
         telemetry.log.error("a reserve of unknown outcome could not be voided; its lease will", session=ref.session)
@@ -310,6 +310,7 @@ class Admission:
         asked_ms: int,
         request_id: str,
     ) -> LiveSession:
+        now = self._clock.monotonic()
         return LiveSession(
             ref=SessionRef(hold.session, hold.account, hold.key, held.fence),
             request_id=request_id,
@@ -320,6 +321,9 @@ class Admission:
             slice_cost=size.slice_cost,
             slice_low_cost=size.slice_low_cost,
             fence_ms=asked_ms + held.lease_ms - self._metering.fence_margin_ms,
+            checkpoint_at=now,
+            started_at=now,
+            clock=self._clock,
         )
 
 

@@ -13,10 +13,13 @@ import math
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from prometheus_client import Counter
+
 from config.settings import Bounds, Metering
 from metering.ledger import Gone, LedgerError, LedgerUnavailable, Progressed
 from metering.receipts import HELD, Receipt
 from metering.redis_ledger import RedisLedger
+from metering.status import Outbox, Over
 from proxy import telemetry
 from proxy.bodies import Bodies
 from proxy.errors import Draining, InternalError, LeaseLost, Overloaded, UpstreamTimedOut
@@ -30,13 +33,19 @@ LAG_LINE_S = 10.0
 EXTEND_PAUSE_S = 0.1
 """Between two tries to extend a hold while the ledger does not answer."""
 
+FULL_RETRY_MS = 1_000
+BEHIND_RETRY_MS = 5_000
+"""An outbox that passed its bound is not below it again in a second."""
+SHED = Counter("tollgate_shed_total", "Calls refused before their hold because of overload, by reason.", ["reason"])
+
 
 class LiveSessions:
     """The registry of one worker."""
 
     def __init__(self, ledger: RedisLedger, metering: Metering, bounds: Bounds, clock: Clock = CLOCK) -> None:
         self._ledger = ledger
-        self._clock = clock
+        self.clock = clock
+        """What tells the sessions of this worker the time."""
         self._loop = asyncio.get_running_loop()  # asked once: up to Python 3.11 each time is a call of the system
         self._metering = metering
         self._bounds = bounds
@@ -50,6 +59,8 @@ class LiveSessions:
         self._ticking: LiveSession | None = None
         self._lag_told = -math.inf
         self.draining = False
+        self.shedding: Over | None = None
+        """The bound that the outbox is over: no further session may begin."""
         self.bodies = Bodies(bounds.bodies_bytes_max)
         """The request bodies of this worker."""
 
@@ -72,8 +83,26 @@ class LiveSessions:
         """Raises Draining or Overloaded when no further session may begin."""
         if self.draining:
             raise Draining(retry_after_ms=1_000)
+        if self.shedding is not None:
+            raise _shed(self.shedding, "The gateway is behind with its journal. Retry shortly.", BEHIND_RETRY_MS)
         if len(self._sessions) + self._admitting > self._bounds.live_sessions_max:
-            raise Overloaded(retry_after_ms=1_000)
+            raise _shed("live_sessions", None, FULL_RETRY_MS)
+
+    def outbox_changed(self, over: Over | None, seen: Outbox) -> None:
+        """The outbox is over a bound (None: over none any more): told once, not by every call that it concerns. What
+        runs goes on, and settles."""
+        before, self.shedding = self.shedding, over
+        if (before is None) == (over is None):
+            return
+        telemetry.log.warning(
+            "new calls are admitted again" if over is None else "new calls are shed: the journal is over its bound",
+            reason=over or before,
+            oldest_age_s=seen.oldest_age_ms // 1000,
+            age_s_max=self._metering.outbox_age_s_max,
+            memory_percent=seen.memory_percent,
+            memory_percent_max=self._metering.outbox_memory_percent_max,
+            sessions=len(self._sessions),
+        )
 
     def admission_begins(self) -> None:
         """A call is being admitted: a drain waits for it too, since it may hold credit any moment."""
@@ -162,11 +191,11 @@ class LiveSessions:
         returned is done when the session has the answer."""
         if session.checkpoint is not None:
             return session.checkpoint
-        want, sent_ms = max(want_hold, session.held), self._clock.boot_ms()
+        want, sent_ms = max(want_hold, session.held), self.clock.boot_ms()
         session.seq += 1
         # Never more than the hold: what is metered beyond it was not forwarded yet, and may be taken back.
         metered = min(session.metered_now(), session.held)
-        session.checkpoint_at = self._clock.monotonic()
+        session.checkpoint_at = self.clock.monotonic()
         session.checkpoint_metered = metered
         sent = None  # without a task, but where the last one failed: the other way loads a script that is missing
         if not session.unanswered:
@@ -226,7 +255,7 @@ class LiveSessions:
                 due = loop.time()
             if lag >= LAG_ALARM_S:
                 self._lag_alarm(lag, loop.time())
-            now, now_boot = self._clock.monotonic(), self._clock.boot_ms()
+            now, now_boot = self.clock.monotonic(), self.clock.boot_ms()
             for session in list(self._sessions.values()):
                 self._ticking = session
                 self._tick(session, now, now_boot)
@@ -309,6 +338,12 @@ class LiveSessions:
                 while self._sessions or self._admitting or (tasks_too and self._tasks):
                     self._changed.clear()
                     await self._changed.wait()
+
+
+def _shed(reason: str, message: str | None, retry_after_ms: int) -> Overloaded:
+    """The refusal of one call, counted at the next tick."""
+    telemetry.count(SHED, 1, reason)
+    return Overloaded(message, retry_after_ms=retry_after_ms)
 
 
 def _log_failure(task: asyncio.Task[Any]) -> None:

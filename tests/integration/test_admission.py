@@ -1,12 +1,15 @@
-"""Admission on a real ledger: slices priced as their prompt is, and threads that end with the process."""
+"""Admission on a real ledger: slices priced as their prompt is, what is shed, a reserve whose reply is lost, and
+threads that end with the process."""
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +18,22 @@ import pytest
 
 from config.price import CompiledPrice, TierRates
 from config.settings import Bounds, Metering
+from loadtests.chaos.proxy import Link, Toxic
 from metering.keys import shard_of
-from metering.ledger import AccountRef, Granted, GrantRequest, KeyLimits, SessionRef
+from metering.ledger import AccountRef, Granted, GrantRequest, KeyLimits, SessionRef, Settled
 from metering.redis_ledger import RedisLedger
+from metering.status import Outbox
 from providers.codec import Upstream
 from proxy.admission import Admission, Caller
 from proxy.candidates import Candidate, Route
+from proxy.errors import LedgerDown, Overloaded
 from proxy.http_request import Origin
 from proxy.live_session import LiveSession
 from proxy.live_sessions import LiveSessions
-from proxy.request import read_chat
+from proxy.request import ChatRequest, read_chat
 from storage.redis_client import RedisClient
+from tests.support.gateway import until
+from tests.support.ports import free_port
 from tests.support.redis_server import RedisServer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +53,9 @@ PRICE = CompiledPrice(
     request=7,
 )
 METERING = Metering(slice_tokens=100, slice_low_tokens=50)
+CALLER = Caller(ACCOUNT, "KEY", KeyLimits())
+DEAD_S = 1.0
+"""How long a link is dead: `RedisLedger.void` by itself gives up after 0.35 s."""
 
 
 def route(price: CompiledPrice, *, hidden: bool = False) -> Route:
@@ -53,10 +64,22 @@ def route(price: CompiledPrice, *, hidden: bool = False) -> Route:
     return Route("m", (candidate,), 1_000, rename_model=False, hidden_reasoning=hidden)
 
 
+def request(words: int = 10, **fields: Any) -> ChatRequest:
+    """A streamed call with a prompt of so many words."""
+    body = {"model": "m", "messages": [{"role": "user", "content": "word " * words}], "stream": True, **fields}
+    return read_chat(msgspec.json.encode(body), Bounds())
+
+
 @pytest.fixture
-async def ledger() -> AsyncIterator[RedisLedger]:
+def port() -> int:
+    """Where the ledger's server listens, beside its socket."""
+    return free_port()
+
+
+@pytest.fixture
+async def ledger(port: int) -> AsyncIterator[RedisLedger]:
     with tempfile.TemporaryDirectory(prefix="tg-", dir="/tmp") as folder:
-        server = RedisServer(Path(folder))
+        server = RedisServer(Path(folder), port=port)
         server.start()
         redis = RedisClient(server.url, call_ms=2_000, connect_ms=2_000, pending_max=1_000)
         await redis.start()
@@ -75,10 +98,8 @@ async def admitted(ledger: RedisLedger, asked: Route, words: int, **fields: Any)
     """The session of a call with a prompt of so many words."""
     live = LiveSessions(ledger, METERING, Bounds())
     admission = Admission(ledger, live, {"m": asked}, "pv", "owner", (METERING, Bounds()))
-    body = {"model": "m", "messages": [{"role": "user", "content": "word " * words}], "stream": True, **fields}
     try:
-        request = read_chat(msgspec.json.encode(body), Bounds())
-        session, _ = await admission.admit(Caller(ACCOUNT, "KEY", KeyLimits()), request, "r")
+        session, _ = await admission.admit(CALLER, request(words, **fields), "r")
         await ledger.void(SessionRef(session.id, ACCOUNT, "KEY", session.ref.fence))
         return session
     finally:
@@ -110,6 +131,76 @@ async def test_without_tiers_a_prompt_of_any_length_has_the_same_rates(
     for words in (10, 2_000):
         session = await admitted(ledger, route(price), words, **fields)
         assert (session.slice_cost, session.slice_low_cost) == (100 * rate, 50 * rate)
+
+
+async def test_a_call_that_is_shed_holds_nothing_and_what_runs_is_checkpointed_extended_and_settled(
+    ledger: RedisLedger,
+) -> None:
+    live = LiveSessions(ledger, METERING, Bounds())
+    admission = Admission(ledger, live, {"m": route(PRICE)}, "pv", "owner", (METERING, Bounds()))
+    session, _ = await admission.admit(CALLER, request(), "r1")
+    live.outbox_changed("journal_age", Outbox(8_000_000, 1))
+    before = await ledger.balance(ACCOUNT)
+    with pytest.raises(Overloaded):
+        await admission.admit(CALLER, request(), "r2")
+    assert await ledger.balance(ACCOUNT) == before
+    held = session.held
+    await live.extend(session)
+    assert (session.held, session.unanswered) == (held + session.slice_cost, False)
+    settled = await ledger.settle(session.ref, 9, "completed")
+    assert isinstance(settled, Settled)
+    assert (settled.charged, (await ledger.balance(ACCOUNT)).held) == (9, before.held - held)
+    live.outbox_changed(None, Outbox(0, 1))
+    again, _ = await admission.admit(CALLER, request(), "r3")
+    await ledger.void(again.ref)
+    await admission.aclose()
+
+
+@asynccontextmanager
+async def linked(port: int) -> AsyncIterator[tuple[Link, RedisLedger]]:
+    """A ledger whose every byte goes over a link that can be spoilt."""
+    link = Link("valkey", port)
+    await link.start()
+    redis = RedisClient(f"redis://127.0.0.1:{link.port}/0", call_ms=2_000, connect_ms=2_000, pending_max=1_000)
+    try:
+        await redis.start()
+        ledger = RedisLedger(redis)
+        await ledger.start()
+        yield link, ledger
+    finally:
+        await redis.aclose()
+        await link.aclose()
+
+
+async def test_a_reserve_whose_reply_is_lost_is_voided_as_soon_as_the_ledger_can_be_reached(
+    ledger: RedisLedger, port: int
+) -> None:
+    """The reserve has run, its reply is lost, and then the link is dead for longer than one void is tried."""
+    async with linked(port) as (link, behind):
+        live = LiveSessions(behind, Metering(), Bounds())
+        admission = Admission(behind, live, {"m": route(PRICE)}, "pv", "owner", (Metering(), Bounds()))
+        link.spoil(Toxic(lose_replies=True))
+        asking = asyncio.create_task(admission.admit(CALLER, request(), "r"))
+        await until(lambda: sessions(ledger, 1))
+        link.spoil(Toxic(refuse=True))
+        link.cut(reset=True)
+        dead = time.monotonic()
+        with pytest.raises(LedgerDown) as caught:
+            await asking
+        assert caught.value.retry_after_ms == 1_000
+        await until(lambda: time.monotonic() > dead + DEAD_S)
+        assert await sessions(ledger, 1)
+        link.calm()
+        await until(lambda: sessions(ledger, 0), seconds=5.0)  # a third of the lease, which would free it too
+        balance = await ledger.balance(ACCOUNT)
+        assert (balance.available, balance.held, balance.charged) == (10**12, 0, 0)
+        await live.drain(0.0)  # the task that gave it up is over
+        await admission.aclose()
+
+
+async def sessions(ledger: RedisLedger, number: int) -> bool:
+    """Whether the account has so many sessions open."""
+    return (await ledger.balance(ACCOUNT)).sessions == number
 
 
 LEAVING = """

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from prometheus_client import REGISTRY
+from structlog.testing import capture_logs
 
 from config.price import CompiledPrice
 from config.settings import Bounds, Metering
@@ -18,6 +19,9 @@ from metering.ledger import AccountRef, SessionRef
 from metering.meter import Meter
 from metering.ranks import encoding
 from metering.redis_ledger import RedisLedger
+from metering.status import Outbox
+from proxy import telemetry
+from proxy.errors import Overloaded
 from proxy.live_session import LiveSession, boot_ms
 from proxy.live_sessions import LiveSessions
 from proxy.session import Ending, Phase
@@ -54,6 +58,11 @@ async def live(tmp_path: Path) -> AsyncIterator[LiveSessions]:
     await live.drain(0.0)
     await redis.aclose()
     server.kill()
+
+
+def unused() -> RedisClient:
+    """Of a server that nobody asks."""
+    return RedisClient("redis://127.0.0.1:1/0", call_ms=1, connect_ms=1, pending_max=1)
 
 
 def session(name: str, meter: Meter, *, lease_ms: int = 60_000) -> LiveSession:
@@ -105,6 +114,45 @@ async def test_a_drain_waits_for_a_call_that_is_being_admitted(live: LiveSession
     assert not done
     live.admission_ended()
     await asyncio.wait_for(draining, 15)
+
+
+async def test_what_sheds_new_sessions_is_told_once_and_each_refusal_is_counted(live: LiveSessions) -> None:
+    def shed(reason: str) -> float:
+        telemetry.publish()
+        return REGISTRY.get_sample_value("tollgate_shed_total", {"reason": reason}) or 0.0
+
+    before = shed("journal_age"), shed("journal_memory")
+    live.admit()
+    with capture_logs() as lines:
+        live.outbox_changed("journal_age", Outbox(7_300_000, 3))
+        for _ in range(3):
+            with pytest.raises(Overloaded) as caught:
+                live.admit()
+        live.outbox_changed("journal_memory", Outbox(6_000_000, 26))
+        with pytest.raises(Overloaded):
+            live.admit()
+        live.outbox_changed(None, Outbox(0, 3))
+    live.admit()
+    assert caught.value.retry_after_ms == 5_000
+    assert (shed("journal_age") - before[0], shed("journal_memory") - before[1]) == (3, 1)
+    closed, opened = lines
+    assert (closed["event"], opened["event"]) == (
+        "new calls are shed: the journal is over its bound",
+        "new calls are admitted again",
+    )
+    figures = [closed[name] for name in ("reason", "oldest_age_s", "age_s_max", "memory_percent", "memory_percent_max")]
+    assert figures == ["journal_age", 7_300, 7_200, 3, 25]
+    assert (opened["reason"], opened["oldest_age_s"]) == ("journal_memory", 0)
+
+
+async def test_a_worker_that_is_full_sheds_too(live: LiveSessions) -> None:
+    full = LiveSessions(RedisLedger(unused()), Metering(), Bounds(live_sessions_max=1))
+    full.admission_begins()
+    full.admit()
+    full.admission_begins()
+    with pytest.raises(Overloaded) as caught:
+        full.admit()
+    assert caught.value.retry_after_ms == 1_000
 
 
 async def test_a_hold_is_extended_once_the_ledger_answers_again(tmp_path: Path) -> None:

@@ -18,11 +18,10 @@ from typing import Any, Final
 
 import msgspec
 
-from metering import grants, receipts, salvage
+from metering import grants, rebuilt_accounts, receipts, revoked_rests, salvage
 from metering.journal import Flusher
 from metering.keys import SHARDS
-from metering.ledger import LedgerError, LedgerUnavailable, SessionRef
-from metering.rebuilt_accounts import account_commands
+from metering.ledger import AccountRef, LedgerError, LedgerUnavailable, SessionRef
 from metering.receipts import HELD, Receipt
 from metering.redis_ledger import RedisLedger
 from storage.database import Connection, Pool
@@ -30,7 +29,7 @@ from storage.redis_open import Redis, servers
 
 log = logging.getLogger(__name__)
 
-STEPS: Final = ("freeze", "drain", "salvage", "cursor", "wipe", "write", "grants", "settle", "hold", "open")
+STEPS: Final = ("freeze", "drain", "salvage", "cursor", "wipe", "write", "grants", "settle", "hold", "void", "open")
 BATCH: Final = 200
 DAY_MS: Final = 86_400_000
 _OWNED = re.compile(rb"(?:[agbsr]:|[LXo]:)\{v([0-9]{3})\}")
@@ -47,6 +46,8 @@ class Rebuilt:
     held: int = 0
     failed: int = 0
     """Receipts that the ledger refused: their sessions are named in the log and stay in the table."""
+    voided: int = 0
+    """Micros of revoked grants that lost holds had."""
     seconds: float = 0.0
 
 
@@ -97,14 +98,32 @@ class Rebuilder:
             self._on_step("wipe")
             await self._wipe(keys)
             self._on_step("write")
-            done.accounts = await self._write(connection, epochs)
+            done.accounts, revoked = await self._write(connection, epochs)
             self._on_step("grants")
             await self._apply_grants(epochs)
             await self._apply(connection, done, epochs)
+        self._on_step("void")
+        await self._void(done, revoked, epochs)
         self._on_step("open")
         await self._all(("HDEL", SHARDS[shard].meta, "fz") for shard in done.shards)
         done.seconds = time.monotonic() - began
         return done
+
+    async def renew(self, shards: Sequence[int]) -> list[int]:
+        """Give shards that are whole a new epoch, for another server may go on in theirs: two histories of one epoch
+        would share numbers, and Postgres could take only one entry of each. Answers those that Postgres is not at the
+        end of by now: they stay frozen, and must be rebuilt. Raises LedgerError, RedisError and FAILED."""
+        former = await self._frozen(shards)
+        async with self._pool.acquire() as connection:
+            await self._drain(connection, former)
+            ends = await asyncio.gather(*(self._redis.call("HGET", SHARDS[shard].meta, "n") for shard in former))
+            at = list(former), list(former.values()), [int(end or 0) for end in ends]
+            renewed = {row["shard"]: row["ep"] for row in await connection.fetch(_RENEW, *at)}
+        for shard, epoch in renewed.items():
+            meta = SHARDS[shard].meta
+            await self._redis.call("HSET", meta, "ep", epoch, "n", 0, "op", await self._now(meta))
+            await self._redis.call("HDEL", meta, "was")
+        return [shard for shard in former if shard not in renewed]
 
     async def late(self) -> int:
         """Settle and hold again what gateways delivered after their shard was opened; how many sessions those were.
@@ -176,18 +195,39 @@ class Rebuilder:
 
     # --- what Postgres says
 
-    async def _write(self, connection: Connection, epochs: dict[int, int]) -> int:
-        """Accounts with their grants, then the new epoch, not open yet (`fz`)."""
-        rows = await connection.fetch("SELECT * FROM account WHERE shard = ANY($1::smallint[])", list(epochs))
-        for row in rows:
-            await self._all(await account_commands(connection, row, epochs[row["shard"]]))
+    async def _write(
+        self, connection: Connection, epochs: dict[int, int]
+    ) -> tuple[int, list[tuple[AccountRef, list[str]]]]:
+        """Accounts with their grants, then the new epoch, not open yet (`fz`). How many accounts there are, and which
+        revoked grants have something left."""
+        count, revoked, commands = 0, list[tuple[AccountRef, list[str]]](), list[rebuilt_accounts.Command]()
+        async for made in rebuilt_accounts.accounts(connection, epochs):
+            count += 1
+            commands += made.commands
+            revoked += [(made.account, made.revoked)] if made.revoked else []
+            if len(commands) >= BATCH:
+                await self._all(commands)
+                commands.clear()
+        await self._all(commands)
         for shard, epoch in epochs.items():
             meta = SHARDS[shard].meta
             now = await self._now(meta)
             await self._redis.call("HSET", meta, "ep", epoch, "n", 0, "clk", now, "fz", 1, "op", now)
             await self._redis.call("HDEL", meta, "was")
             self._ledger.adopt(shard, epoch)
-        return len(rows)
+        return count, revoked
+
+    async def _void(
+        self, done: Rebuilt, revoked: Sequence[tuple[AccountRef, list[str]]], epochs: dict[int, int]
+    ) -> None:
+        """What is left of revoked grants once the holds that are known took theirs."""
+        for at in range(0, len(revoked), BATCH):
+            voids = (self._void_one(account, gids, epochs[account.shard]) for account, gids in revoked[at : at + BATCH])
+            done.voided += sum(await asyncio.gather(*voids))
+
+    async def _void_one(self, account: AccountRef, gids: list[str], epoch: int) -> int:
+        now = await self._now(SHARDS[account.shard].meta)
+        return await revoked_rests.void(self._redis, self._ledger, account, gids, (epoch, now))
 
     async def _now(self, meta: str) -> int:
         """The shard's time, which never goes back."""
@@ -212,14 +252,18 @@ class Rebuilder:
 
     async def _mark_ended(self, connection: Connection, shards: Sequence[int]) -> None:
         """Sessions that have arrived while their owner may not know: a repeat of their settlement finds this answer."""
-        for row in await receipts.ended(connection, shards):
-            name = SHARDS[row["shard"]].session + row["sid"]
-            if not await self._redis.call("EXISTS", name):
-                fence = receipts.fence_of(row["content"])
-                fields = {"st": "T", "f": fence, "u": row["account_id"], "k": row["key_id"], "ts": fence, "n": row["n"]}
-                fields |= {"m": row["metered"], "o": row["outcome"], "c": row["charged"], "ab": row["absorbed"]}
-                await self._redis.call("HSET", name, *(word for pair in fields.items() for word in pair))
-                await self._redis.call("PEXPIRE", name, DAY_MS)
+        rows = await receipts.ended(connection, shards)
+        for at in range(0, len(rows), BATCH):
+            await asyncio.gather(*(self._mark_one(row) for row in rows[at : at + BATCH]))
+
+    async def _mark_one(self, row: Any) -> None:
+        name = SHARDS[row["shard"]].session + row["sid"]
+        if not await self._redis.call("EXISTS", name):
+            fence = receipts.fence_of(row["content"])
+            fields = {"st": "T", "f": fence, "u": row["account_id"], "k": row["key_id"], "ts": fence, "n": row["n"]}
+            fields |= {"m": row["metered"], "o": row["outcome"], "c": row["charged"], "ab": row["absorbed"]}
+            await self._redis.call("HSET", name, *(word for pair in fields.items() for word in pair))
+            await self._redis.call("PEXPIRE", name, DAY_MS)
 
     async def _apply_all(self, connection: Connection, done: Rebuilt, found: Sequence[Receipt]) -> None:
         for at in range(0, len(found), BATCH):
@@ -266,6 +310,12 @@ class Rebuilder:
                 await asyncio.gather(*sent)
                 sent.clear()
         await asyncio.gather(*sent)
+
+
+_RENEW = """
+    UPDATE shard_cursor AS kept SET ep = kept.ep + 1, n = 0, updated_at = now()
+    FROM unnest($1::smallint[], $2::int[], $3::bigint[]) AS whole(shard, ep, n)
+    WHERE (kept.shard, kept.ep, kept.n) = (whole.shard, whole.ep, whole.n) RETURNING kept.shard, kept.ep"""
 
 
 async def _next_epochs(connection: Connection, former: dict[int, int]) -> dict[int, int]:

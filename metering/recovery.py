@@ -20,7 +20,7 @@ from metering import receipts
 from metering.keys import SHARDS
 from metering.ledger import LedgerError
 from metering.ledger_calls import FROZEN, answered
-from metering.rebuild import Rebuilder, Rebuilt
+from metering.rebuild import BATCH, Rebuilder, Rebuilt
 from metering.receipts import ASKED_KEY, HELD, Receipt
 from metering.redis_ledger import RedisLedger
 from metering.server_check import VERIFIED_KEY, run_id
@@ -54,6 +54,8 @@ class Look:
     metas: Mapping[int, tuple[int | None, int]] = field(default_factory=dict)
     """Epoch (the former one of a frozen shard, None without) and n of each shard."""
     frozen: frozenset[int] = frozenset()
+    promoted: bool = False
+    """The server was somebody's replica, and whoever it followed may go on."""
 
     @property
     def well(self) -> bool:
@@ -146,9 +148,12 @@ class Recovery:
 
     async def look(self) -> Look:
         """Ask the server and, where there is anything to compare, Postgres. Raises LedgerError and FAILED."""
-        asked = self._redis.call("INFO", "server"), self._redis.call("GET", VERIFIED_KEY)
-        reading = [self._redis.call("HMGET", shard.meta, "ep", "n", "was", "fz") for shard in SHARDS]
-        info, known, *rows = await answered(asyncio.gather(*asked, *reading))
+        asked = [self._redis.call("INFO", "server"), self._redis.call("INFO", "replication")]
+        asked += (
+            self._redis.call("GET", VERIFIED_KEY),
+            *(self._redis.call("HMGET", shard.meta, "ep", "n", "was", "fz") for shard in SHARDS),
+        )
+        info, replication, known, *rows = await answered(asyncio.gather(*asked))
         run = run_id(info)
         frozen = {v for v, row in enumerate(rows) if row[0] in (None, FROZEN) or row[3] is not None}
         metas = {v: (_epoch(row), int(row[1] or 0)) for v, row in enumerate(rows)}
@@ -161,7 +166,7 @@ class Recovery:
         doubtful = frozenset(cursors) if known != run else frozenset(v for v in frozen if v in cursors)
         self._fit = known == run
         self.frozen = len(frozen & cursors.keys()) if self._fit else len(SHARDS)
-        return Look(run, known == run, lost, doubtful - lost.keys(), metas, frozenset(frozen))
+        return Look(run, known == run, lost, doubtful - lost.keys(), metas, frozenset(frozen), _promoted(replication))
 
     async def _cursors(self) -> dict[int, tuple[int, int]]:
         rows = await (await self._connected()).fetch("SELECT shard, ep, n FROM shard_cursor")
@@ -196,7 +201,12 @@ class Recovery:
         for shard in lost:
             await self._ledger.freeze(shard)
         whole = [shard for shard in look.doubtful if shard not in lost]
-        await self._thaw([shard for shard in whole if shard in look.frozen], look)
+        if look.promoted and not look.verified:
+            passed = await self._rebuilder(pool).renew(whole)
+            lost |= dict.fromkeys(passed, "Postgres has what it never had")
+            whole = [shard for shard in whole if shard not in lost]
+        else:
+            await self._thaw([shard for shard in whole if shard in look.frozen], look)
         # From here on the server may be used: what is lost answers EPOCH by itself.
         await answered(self._redis.call("SET", VERIFIED_KEY, look.run))
         self._fit = True
@@ -214,8 +224,9 @@ class Recovery:
         self.frozen = 0
         self._on_rebuilt(done)
         log.warning(
-            "recovery: %s rebuilt in %.2f s: %d accounts, %d sessions settled and %d held again, %d refused",
-            _named(done.shards), done.seconds, done.accounts, done.settled, done.held, done.failed,
+            "recovery: %s rebuilt in %.2f s: %d accounts, %d sessions settled and %d held again, %d refused, "
+            "%d micros of revoked grants voided",
+            _named(done.shards), done.seconds, done.accounts, done.settled, done.held, done.failed, done.voided,
         )  # fmt: skip
         return done
 
@@ -235,12 +246,14 @@ class Recovery:
         found: dict[int, str] = {}
         pairs = await receipts.unarrived(connection, sorted(look.doubtful))
         open_ones = [one for one, _ in pairs]
-        names = [SHARDS[one.shard].session + one.session for one in open_ones]
-        states = await answered(asyncio.gather(*(self._redis.call("EXISTS", name) for name in names)))
-        for one, exists in zip(open_ones, states, strict=True):
-            reason = _missing(one, look.metas[one.shard], bool(exists))
-            if reason:
-                found[one.shard] = reason
+        for at in range(0, len(open_ones), BATCH):
+            page = open_ones[at : at + BATCH]
+            names = [SHARDS[one.shard].session + one.session for one in page]
+            states = await answered(asyncio.gather(*(self._redis.call("EXISTS", name) for name in names)))
+            for one, exists in zip(page, states, strict=True):
+                reason = _missing(one, look.metas[one.shard], bool(exists))
+                if reason:
+                    found[one.shard] = reason
         return found
 
     async def _thaw(self, shards: Sequence[int], look: Look) -> None:
@@ -255,6 +268,13 @@ class Recovery:
 def _epoch(row: Sequence[Any]) -> int | None:
     raw = row[2] if row[0] == FROZEN else row[0]
     return int(raw) if raw else None
+
+
+def _promoted(info: bytes) -> bool:
+    """Whether its INFO tells of a primary that was a replica before, since it started: it has a second history. Of a
+    cluster's texts behind each other any one that does."""
+    seconds = [line[15:].strip() for line in info.splitlines() if line.startswith(b"master_replid2:")]
+    return any(second.strip(b"0") for second in seconds)
 
 
 def _why(

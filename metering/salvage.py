@@ -7,6 +7,7 @@ so it is not salvaged. Must not: change Redis.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from typing import Any, Final, Protocol, cast
@@ -19,11 +20,13 @@ from metering.journal_rows import OUTCOMES, entry_id, pairs
 from metering.keys import SHARDS
 from metering.ledger import AccountRef, Outcome
 from metering.receipts import HELD, SETTLED, Receipt
+from metering.revoked_rests import KEY
 from storage.database import Connection
 
 log = logging.getLogger(__name__)
 
-PAGE: Final = 1_000
+PAGE: Final = 500
+STAND_IN: Final = KEY.encode()
 
 
 class Redis(Protocol):
@@ -75,9 +78,10 @@ async def shard(redis: Redis, connection: Connection, number: int, sessions: Seq
     found = {one.session: one async for one in _outbox(redis, number)}
     ended: dict[str, bytes] = {}
     kept: set[bytes] = set()
-    for name in sessions:
+    async for name, fields in _sessions(redis, sessions):
         sid = name[len(SHARDS[number].session) :].decode(errors="replace")
-        fields = pairs(await redis.call("HGETALL", name))
+        if fields.get(b"k") == STAND_IN and fields.get(b"st") == b"H":
+            continue  # what it stands in for is reckoned anew
         if fields.get(b"st") == b"V":
             kept.add(name)
         elif fields.get(b"st") == b"T":
@@ -90,6 +94,14 @@ async def shard(redis: Redis, connection: Connection, number: int, sessions: Seq
     await receipts.save(connection, merged)
     arrived = await _arrived(connection, {sid: name for sid, name in ended.items() if sid not in known})
     return kept | {ended[sid] for sid in arrived}
+
+
+async def _sessions(redis: Redis, names: Sequence[bytes]) -> AsyncIterator[tuple[bytes, dict[bytes, bytes]]]:
+    """Session keys with their fields."""
+    for at in range(0, len(names), PAGE):
+        page = names[at : at + PAGE]
+        for name, flat in zip(page, await asyncio.gather(*(redis.call("HGETALL", one) for one in page)), strict=True):
+            yield name, pairs(flat)
 
 
 async def _outbox(redis: Redis, number: int) -> AsyncIterator[Receipt]:

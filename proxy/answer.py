@@ -9,10 +9,10 @@ import functools
 
 import msgspec
 
-from metering.ledger import Gone, Settled
+from metering.ledger import Settled
 from providers.json_root import RootObject
 from proxy.live_session import LiveSession
-from proxy.settlement import Bill
+from proxy.settlement import Bill, Reply, charge_told
 
 MICROS = 1_000_000
 Headers = list[tuple[bytes, bytes]]
@@ -27,17 +27,6 @@ def credits_text(micros: int) -> str:
     return f"{whole}.{part:06d}".rstrip("0") if part else str(whole)
 
 
-Reply = Settled | Gone | None
-"""What the ledger said of the settlement; None when it has not answered yet."""
-
-
-def charged(session: LiveSession, due: Bill, reply: Reply) -> int | None:
-    """Micros that Postgres will show. Before the ledger's answer that is certain only for an amount inside the hold."""
-    if reply is not None:
-        return reply.charged
-    return due.micros if due.micros <= session.held else None
-
-
 def usage_json(session: LiveSession, due: Bill, reply: Reply) -> bytes:
     """The usage object for the client: the provider's own where that is what was charged, else our counts; with `cost`,
     the charge in credits."""
@@ -50,7 +39,7 @@ def usage_json(session: LiveSession, due: Bill, reply: Reply) -> bytes:
             usage.output,
             usage.prompt + usage.output,
         )
-    micros = charged(session, due, reply)
+    micros = charge_told(session, due, reply)
     if micros is None:
         return raw
     cost = credits_text(micros).encode()
@@ -66,7 +55,7 @@ def session_members(session: LiveSession, due: Bill, reply: Reply) -> bytes:
 
 def _members(session: LiveSession, due: Bill, reply: Reply) -> bytes:
     """A JSON object. Session ids and amounts need no escapes."""
-    micros = charged(session, due, reply)
+    micros = charge_told(session, due, reply)
     charge = "" if micros is None else f',"charge":{credits_text(micros)}'
     balance = f',"balance":{credits_text(reply.available)}' if isinstance(reply, Settled) else ""
     attempts = session.attempts
@@ -111,7 +100,7 @@ def bill_headers(session: LiveSession, due: Bill, reply: Reply) -> Headers:
         (b"x-tollgate-route", session.route.encode()),
         *_attempt_headers(session),
     ]
-    micros = charged(session, due, reply)
+    micros = charge_told(session, due, reply)
     if micros is not None:
         headers.append((b"x-tollgate-charge", credits_text(micros).encode()))
     if isinstance(reply, Settled):

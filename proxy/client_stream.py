@@ -48,6 +48,10 @@ class ClientConnection(Protocol):
         """Send a piece of the body, and its end with the last one."""
 
 
+def _never() -> bool:
+    return False
+
+
 def _end(payloads: Sequence[bytes]) -> bytes:
     return b"".join([b"data: %b\n\n" % payload for payload in payloads]) + DONE
 
@@ -56,7 +60,8 @@ class ClientStream:
     """One SSE response. `last_write` and `writing_since` are monotonic seconds, read by the registry's tick."""
 
     __slots__ = (
-        "_connection", "_headers", "_monotonic", "_send", "_waits", "ended", "last_write", "started", "writing_since",
+        "_connection", "_headers", "_monotonic", "_send", "_waits", "ended", "last_write", "silenced", "started",
+        "writing_since",
     )  # fmt: skip
 
     def __init__(
@@ -75,6 +80,8 @@ class ClientStream:
         self.ended = False
         self.last_write = self._monotonic()
         self.writing_since: float | None = None
+        self.silenced: Callable[[], bool] = _never
+        """Asked right before each comment: whether nothing may be written now. Payloads: their writer has asked."""
         self._waits: asyncio.Lock | None = None
 
     def written(self, payloads: Sequence[bytes]) -> bool:
@@ -130,12 +137,12 @@ class ClientStream:
 
     async def _write(self, data: bytes) -> None:
         async with self._alone():
-            if self.ended:
-                return
             self.writing_since = self._monotonic()
-            await self._start()
-            await self._send({"type": "http.response.body", "body": data, "more_body": True})
-            self.last_write = self._monotonic()
+            if not (self.ended or self.silenced()):
+                await self._start()
+            if not (self.ended or self.silenced()):  # the client may have kept the start waiting
+                await self._send({"type": "http.response.body", "body": data, "more_body": True})
+                self.last_write = self._monotonic()
             self.writing_since = None
 
     def _alone(self) -> asyncio.Lock:

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from config.price import CompiledPrice
-from metering.ledger import SessionRef
+from metering.ledger import Gone, SessionRef, Settled
 from metering.meter import Meter
 from proxy.client_stream import ClientStream
 from proxy.session import ALLOWED, Ending, Phase, may_move
@@ -112,6 +112,10 @@ class LiveSession(msgspec.Struct, eq=False):
     abort_client: Callable[[], None] | None = None
     first_content_at: float | None = None
     highest_metered: int = 0
+    may_fall_back: bool = False
+    """Whether another candidate is tried when the running attempt fails before its first content."""
+    settled: Settled | Gone | None = None
+    """The ledger's answer to the settlement, once there is one."""
     idempotency: str = ""
     clock: Clock = CLOCK
 
@@ -132,8 +136,9 @@ class LiveSession(msgspec.Struct, eq=False):
         self.phase = phase
 
     def metered_now(self) -> int:
-        """What the call has cost so far: nothing until the provider confirmed it with a 2xx; never falls."""
-        if self.meter is not None and self.phase >= Phase.ANSWERED:
+        """What the call has cost so far; never falls. Nothing until the provider confirmed it with a 2xx, or showed
+        content where another could still take its place: what is metered stays, and a failed attempt costs nothing."""
+        if self.meter is not None and self.phase >= (Phase.CONTENT if self.may_fall_back else Phase.ANSWERED):
             self.highest_metered = max(self.highest_metered, self.meter.checkpoint())
         return self.highest_metered
 

@@ -21,7 +21,7 @@ from proxy.live_session import LiveSession
 from proxy.live_sessions import LiveSessions
 from proxy.pump import Over, Pump
 from proxy.session import Ending, Phase
-from proxy.settlement import Bill, Settler
+from proxy.settlement import Bill, Settler, charge_told
 from proxy.upstream import Opened, PreparedCall, SessionEnded, Upstreams
 
 RenderError = Callable[[CallError], bytes]
@@ -48,6 +48,7 @@ class StreamRelay:
     async def run(self, session: LiveSession, call: PreparedCall, client: ClientStream) -> Bill:
         """Serve the stream. Raises CallError when it failed before the response began (the session is settled)."""
         session.client = client
+        client.silenced = lambda: session.fenced
         try:
             opened = await self._upstreams.open_stream(session, call)
             pump = Pump(session, _meter(session), opened, client, self._live)
@@ -89,8 +90,7 @@ class StreamRelay:
             members = session_members(session, due, settled)
             last.append(opened.codec.usage_chunk(usage_json(session, due, settled), members))
         if ending is Ending.CREDIT_CUT:
-            charged = settled.charged if settled is not None else due.micros
-            last.append(self._render(_cut_error(session, charged)))
+            last.append(self._render(_cut_error(session, charge_told(session, due, settled))))
         if failure is not None:
             last.append(self._render(failure))
         await _finish(client, last, session, settled)
@@ -141,8 +141,8 @@ def _meter(session: LiveSession) -> Meter:
     return session.meter
 
 
-def _cut_error(session: LiveSession, charged: int) -> OutOfCredit:
-    return OutOfCredit(
-        "The account's credit ended during this answer.",
-        metadata={"limit": "balance", "session": session.id, "charged": charged},
-    )
+def _cut_error(session: LiveSession, charged: int | None) -> OutOfCredit:
+    metadata: dict[str, str | int] = {"limit": "balance", "session": session.id}
+    if charged is not None:
+        metadata["charged"] = charged
+    return OutOfCredit("The account's credit ended during this answer.", metadata=metadata)

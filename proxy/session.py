@@ -112,9 +112,9 @@ CHARGES: dict[tuple[Ending, Phase, bool], tuple[Charge, Outcome]] = {
         for stream in (True, False)
     },
     **{
-        (ending, Phase.CONTENT, stream): (Charge.COUNTED, "error")
+        (ending, Phase.CONTENT, stream): (Charge.COUNTED, "error") if stream else (Charge.NOTHING, "void")
         for ending in (Ending.LEASE_LOST, Ending.SHUTDOWN, Ending.INTERNAL)
-        for stream in (True, False)
+        for stream in (True, False)  # of a whole answer nothing is delivered before it is settled
     },
 }
 

@@ -38,6 +38,10 @@ METADATA_BYTES_MAX = 4_096
 ATTEMPTS_KEPT = 16
 
 
+Reply = Settled | Gone | None
+"""What the ledger said of a settlement; None when it has not answered yet."""
+
+
 class Bill(msgspec.Struct, frozen=True):
     """What a session comes to: the usage charged, its source, the amount and the journal's outcome."""
 
@@ -88,9 +92,27 @@ def _refused(owed: _Owed, error: LedgerError) -> None:
     )
 
 
-def _given(owed: _Owed) -> bool:
+def _given(session: LiveSession, due: Bill) -> bool:
     """Whether the client has what the bill is for. A whole answer whose session was swept is kept back."""
-    return owed.session.stream or owed.session.delivered or owed.due.outcome != "completed"
+    return session.stream or session.delivered or due.outcome != "completed"
+
+
+def corrects(session: LiveSession, due: Bill, reply: Gone) -> bool:
+    """Whether a correction follows: only a sweep answers a settlement with a charge that is not its own (a void charges
+    nothing to begin with)."""
+    return reply.state == "final" and due.micros > reply.charged and _given(session, due)
+
+
+def charge_told(session: LiveSession, due: Bill, reply: Reply) -> int | None:
+    """Micros that a client is told, wherever it is told: what Postgres will show for the session, or None, which is not
+    told. Certain are the ledger's own words, unless a correction follows, which the house may have to absorb. Before
+    its answer that is the amount due where the hold covers it and no checkpoint said more, so that a sweep and its
+    correction come to the same."""
+    if reply is None:
+        return due.micros if session.checkpoint_metered <= due.micros <= session.held else None
+    if isinstance(reply, Gone) and (reply.state != "final" or corrects(session, due, reply)):
+        return None
+    return reply.charged
 
 
 def _corrected(owed: _Owed, reply: Corrected | NotCorrected | None, said: str) -> None:
@@ -119,10 +141,9 @@ class Settler:
         self._price_version = price_version
         self.receipts = Receipts(price_version, ledger.suspect)
         """What this worker owes and was acknowledged, until Postgres has it."""
+        self._last_words: dict[str, asyncio.Future[None]] = {}
 
-    def begin(
-        self, session: LiveSession, call: PreparedCall, ending: Ending
-    ) -> tuple[Bill, asyncio.Future[Settled | Gone | None]]:
+    def begin(self, session: LiveSession, call: PreparedCall, ending: Ending) -> tuple[Bill, asyncio.Future[Reply]]:
         """Fix the bill now and settle, whatever becomes of the request. The future brings the ledger's answer; None
         when it does not come in `settle_reply_ms` (to the tick) or is a refusal. Call once per session."""
         if session.exchange is not None:
@@ -134,7 +155,7 @@ class Settler:
         self.receipts.owed(session.ref, due.micros, due.outcome, owed.metadata)
         session.advance(Phase.SETTLING)
         session.content_due = None
-        settling: asyncio.Future[Settled | Gone | None] = self._live.due_within(self._reply_s)
+        settling: asyncio.Future[Reply] = self._live.due_within(self._reply_s)
         sent = None  # a checkpoint under way must not come after it
         if session.checkpoint is None:
             sent = self._ledger.settle_sent(session.ref, due.micros, due.outcome, owed.metadata)
@@ -144,17 +165,26 @@ class Settler:
             sent.add_done_callback(lambda sent: self._answered(owed, sent, settling))
         return due, settling
 
+    async def last_word(self, session: LiveSession) -> Reply:
+        """The ledger's answer to a settlement that was begun, however long it takes; None for a refusal. For what may
+        reach the client only when it is known to be charged."""
+        if session.phase is not Phase.FINAL:
+            last = self._last_words[session.id] = self._live.future()
+            try:
+                await last
+            finally:
+                del self._last_words[session.id]
+        return session.settled
+
     def abandoned(self, session: LiveSession, call: PreparedCall) -> None:
         """The request's task is over. Whatever ended it, a session that nobody began to settle is settled now: its
         lease is renewed as long as it is live, so no sweeper would ever end it."""
         if session.phase < Phase.SETTLING:
             self.begin(session, call, session.ending or Ending.INTERNAL)
 
-    def _answered(
-        self, owed: _Owed, sent: asyncio.Future[Any], settling: asyncio.Future[Settled | Gone | None]
-    ) -> None:
+    def _answered(self, owed: _Owed, sent: asyncio.Future[Any], settling: asyncio.Future[Reply]) -> None:
         """The first try is over. No task was needed for it; whatever must be tried again gets one."""
-        reply: Settled | Gone | None = None
+        reply: Reply = None
         again = False
         try:
             reply = self._ledger.settled(owed.due.outcome, sent)
@@ -170,13 +200,13 @@ class Settler:
             telemetry.SETTLE_RETRIED.inc()
             self._live.detach(self._settle(owed, settling))
 
-    async def _settle(self, owed: _Owed, settling: asyncio.Future[Settled | Gone | None]) -> None:
+    async def _settle(self, owed: _Owed, settling: asyncio.Future[Reply]) -> None:
         """Until the ledger answers: every call is idempotent. Gone when the session was no longer ours; None when the
         ledger cannot settle it: the session stays there, for the sweeper once its damage is mended."""
         session, due = owed.session, owed.due
         if session.checkpoint is not None:
             await asyncio.wait({session.checkpoint})
-        reply: Settled | Gone | None = None
+        reply: Reply = None
         tries = 0
         try:
             while reply is None:
@@ -194,10 +224,14 @@ class Settler:
         finally:
             self._over(owed, reply, settling)
 
-    def _over(self, owed: _Owed, reply: Settled | Gone | None, settling: asyncio.Future[Settled | Gone | None]) -> None:
+    def _over(self, owed: _Owed, reply: Reply, settling: asyncio.Future[Reply]) -> None:
         if not settling.done():  # else the client was not kept waiting any longer, or is gone
             settling.set_result(reply)
+        owed.session.settled = reply
         owed.session.advance(Phase.FINAL)
+        last = self._last_words.get(owed.session.id) if self._last_words else None
+        if last is not None and not last.done():
+            last.set_result(None)
         self._live.remove(owed.session)
         if isinstance(reply, Settled):
             epoch = self._ledger.epoch_of(owed.session.ref.account.shard)
@@ -207,8 +241,7 @@ class Settler:
         if reply is None:
             return
         self._count(owed.session, owed.route, owed.ending, owed.due, reply)
-        # Only a sweep answers a settlement with a charge that is not its own (a void charges nothing to begin with).
-        if isinstance(reply, Gone) and reply.state == "final" and owed.due.micros > reply.charged and _given(owed):
+        if isinstance(reply, Gone) and corrects(owed.session, owed.due, reply):
             self._live.detach(self._correct(owed))
 
     def _awaited(self, owed: _Owed, reply: Settled | Gone) -> bool:

@@ -76,7 +76,8 @@ class Upstreams:
     """The way to all providers of this worker."""
 
     def __init__(self, transport: Transport, bounds: Bounds, confirm: Callable[[LiveSession], object]) -> None:
-        """`confirm` is called when a provider's 2xx headers arrive (the first progress of a costly prompt)."""
+        """`confirm` is called when a provider's 2xx headers arrive, and at the first content where another candidate
+        could have taken its place until then (the first progress of a costly prompt)."""
         self._transport = transport
         self._bounds = bounds
         self._confirm = confirm
@@ -86,7 +87,10 @@ class Upstreams:
     async def open_stream(self, session: LiveSession, call: PreparedCall) -> Opened:
         """The first candidate that streams content. Raises CallError (the last failure) or SessionEnded."""
         last: CallError | None = None
+        left = len(call.route.candidates)
         for candidate in call.route.candidates:
+            left -= 1
+            session.may_fall_back = left > 0
             try:
                 return await self._stream_attempt(session, call, candidate)
             except CallError as error:
@@ -98,7 +102,10 @@ class Upstreams:
     async def fetch_answer(self, session: LiveSession, call: PreparedCall) -> tuple[Candidate, Answer]:
         """The first candidate's whole answer. Raises as `open_stream` does."""
         last: CallError | None = None
+        left = len(call.route.candidates)
         for candidate in call.route.candidates:
+            left -= 1
+            session.may_fall_back = left > 0
             try:
                 return candidate, await self._answer_attempt(session, call, candidate)
             except CallError as error:
@@ -122,6 +129,8 @@ class Upstreams:
                 attempt.close(session.ending, exchange.status or None)
         session.first_content_at = session.clock.monotonic()
         session.advance(Phase.CONTENT)
+        if session.may_fall_back:
+            self._confirm(session)  # not before: what a failed attempt cost could not be taken back
         return Opened(candidate, codec, exchange, events)
 
     async def _answer_attempt(self, session: LiveSession, call: PreparedCall, candidate: Candidate) -> Answer:

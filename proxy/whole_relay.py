@@ -52,8 +52,13 @@ class WholeRelay:
             raise public from None
         _meter(session, answer)
         due, settled = await self._settled(session, call, Ending.COMPLETED)
-        if isinstance(settled, Gone) or (settled is None and session.fenced):
-            # Settled by the sweeper meanwhile, for what it knew, or may have been.
+        if settled is None and session.fenced:
+            # A sweeper may have settled it, and then the answer is not paid for; or we have, and then it must be given.
+            settled = await self._settler.last_word(session)
+            unpaid = not isinstance(settled, Settled)
+        else:
+            unpaid = isinstance(settled, Gone)
+        if unpaid:
             lost = LeaseLost()
             lost.headers = bill_headers(session, due, settled)
             raise lost

@@ -6,6 +6,11 @@ import itertools
 
 import pytest
 
+from config.price import CompiledPrice
+from metering.ledger import AccountRef, SessionRef
+from metering.meter import Meter
+from metering.ranks import encoding
+from proxy.live_session import LiveSession
 from proxy.session import CHARGES, MOVES, Charge, Ending, IllegalMove, Phase, charge_for, may_move
 
 RUNNING = (Phase.HELD, Phase.SENT, Phase.ANSWERED, Phase.CONTENT)
@@ -36,6 +41,31 @@ def test_what_can_happen_any_time_has_a_row(ending: Ending, phase: Phase, stream
     assert (charge is Charge.NOTHING) == (outcome == "void")
 
 
+@pytest.mark.parametrize("may_fall_back", [False, True])
+def test_an_attempt_is_metered_from_its_answer_on_or_from_its_content_where_another_could_follow(
+    may_fall_back: bool,
+) -> None:
+    price = CompiledPrice(
+        input=1_000_000, cached_input=0, cache_write=0, output=0, reasoning=0, audio_input=0, audio_output=0
+    )
+    session = LiveSession(
+        SessionRef("s", AccountRef("u", 0), "k", 1), "r", "route", True,
+        held=9, hold_max=9, slice_cost=1, slice_low_cost=1, fence_ms=0,
+    )  # fmt: skip
+    seen: list[int] = []
+    for _ in range(2):  # the first attempt fails after its answer, the second one does not
+        session.meter, session.may_fall_back = Meter(price, 7, encoding("o200k_base")), may_fall_back and not seen
+        session.phase = Phase.SENT
+        seen.append(session.metered_now())
+        session.phase = Phase.ANSWERED
+        seen.append(session.metered_now())
+        session.phase = Phase.HELD
+        seen.append(session.metered_now())
+    assert seen == ([0, 0, 0, 0, 7, 7] if may_fall_back else [0, 7, 7, 7, 7, 7])
+    session.may_fall_back, session.phase = True, Phase.CONTENT
+    assert session.metered_now() == 7
+
+
 VOID = (Charge.NOTHING, "void")
 COMPLETED = (Charge.REPORTED, "completed")
 CUT = (Charge.COUNTED, "cut")
@@ -43,7 +73,7 @@ ABORTED = (Charge.COUNTED, "aborted")
 ERROR = (Charge.COUNTED, "error")
 PROMPT = (Charge.PROMPT, "aborted")
 FINISHED = (Charge.REPORTED, "aborted")
-OURS = (VOID, VOID, VOID, ERROR)
+OURS = {True: (VOID, VOID, VOID, ERROR), False: (VOID, VOID, VOID, VOID)}
 
 WHO_PAYS = {
     # (ending, stream): what is charged in the phases held, sent, answered and content; None: it cannot happen there
@@ -58,7 +88,7 @@ WHO_PAYS = {
     (Ending.CLIENT_STALLED, True): (VOID, VOID, ABORTED, ABORTED),
     (Ending.CLIENT_STALLED, False): (None, None, None, None),
     **{
-        (ending, stream): OURS
+        (ending, stream): OURS[stream]
         for ending in (Ending.LEASE_LOST, Ending.SHUTDOWN, Ending.INTERNAL)
         for stream in (True, False)
     },

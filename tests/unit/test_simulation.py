@@ -9,9 +9,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from proxy.answer import credits_text
+from proxy.errors import LeaseLost
 from proxy.session import Ending
 from tests.support.simulation.runs import batch, never_reached
 from tests.support.simulation.schedule import Schedule, entered
+from tests.support.simulation.server import Row
 from tests.support.simulation.world import Case
 
 PAST_FENCE_S = 10.0
@@ -91,14 +94,57 @@ def test_a_worker_that_slept_through_its_settlement_writes_nothing_more() -> Non
         assert bytes(case.client.body) == before
 
 
-def test_a_whole_answer_is_kept_back_when_its_settlement_is_unknown_at_the_fence() -> None:
+@contextmanager
+def unknown_at_the_fence() -> Iterator[tuple[Schedule, Case]]:
+    """A whole answer whose settlement has not been answered when its fence is past: nothing of it has left."""
     with answering(lambda case: not case.request.stream) as (schedule, case):
         give_all(schedule, case)
         assert settling(schedule)
         schedule.pass_time(PAST_FENCE_S)
         schedule.loop.settle()
+        assert not case.over
+        assert bytes(case.client.body) == b""
+        yield schedule, case
+
+
+def settlement(schedule: Schedule, case: Case) -> Row:
+    """The ledger runs the settlement and answers; the session's row."""
+    while schedule.world.wire.run_next():
+        schedule.world.wire.reply_next()
+    schedule.loop.settle()
+    return schedule.world.server.rows[case.sid]
+
+
+def test_a_whole_answer_whose_settlement_is_unknown_at_the_fence_is_given_once_it_is_charged() -> None:
+    with unknown_at_the_fence() as (schedule, case):
+        row = settlement(schedule, case)
+        assert (row.outcome, row.charged > 0) == ("completed", True)
         assert case.over
-        assert type(case.error).__name__ == "LeaseLost"
+        assert (case.error, case.client.status) == (None, 200)
+
+
+def test_a_whole_answer_that_a_sweeper_ended_is_kept_back_and_costs_what_the_sweep_charged() -> None:
+    with unknown_at_the_fence() as (schedule, case):
+        schedule.world.server.sweep()
+        row = settlement(schedule, case)
+        assert (row.outcome, row.corrected) == ("swept", None)
+        assert case.over
+        assert isinstance(case.error, LeaseLost)
+        assert (b"x-tollgate-charge", credits_text(row.charged).encode()) in case.error.headers
+
+
+def test_a_comment_that_was_due_before_the_fence_is_not_written_after_it() -> None:
+    with answering(lambda case: case.request.stream) as (schedule, case):
+        loop, before = schedule.loop, len(schedule.loop.tasks)
+        while len(loop.tasks) == before:  # until a tick has made the task that writes it
+            if loop.idle:
+                schedule.pass_time(0.1)
+            loop.turn()
+        loop.suspend(int(PAST_FENCE_S * 1000))
+        schedule.world.server.now += int(PAST_FENCE_S * 1000)
+        loop.settle()
+        assert bytes(case.client.body) == b""
+        assert not case.client.response_started
 
 
 def test_a_slow_reader_gets_nothing_that_waited_past_the_fence() -> None:

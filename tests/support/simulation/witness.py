@@ -57,7 +57,7 @@ class Witness:
         self.ended = last
         if self.failed:
             return  # an error's body, which nobody pays for
-        if not self._handed and not data.startswith(b":"):  # a comment tells nothing that anybody would pay for
+        if not self._handed:
             self._in_time(data)
         if self._stream:
             self._frames(data)

@@ -1,7 +1,7 @@
 """One worker's session core in a world of models: what composes it, and one client's call from its hold to its end.
 
-`World` is built per schedule. `_serve` is what `proxy.routes` does around a relay, `_admit` what `proxy.admission` does
-to make a session; everything below them is the core itself. Must not: decide what happens next (`schedule` does) or
+`World` is built per schedule. `_serve` is what `proxy.routes` does around admission and a relay; everything below it is
+the core itself. Must not: decide what happens next (`schedule` does) or
 judge (`checks` does), but for what can only be judged while it happens: each write to a client.
 """
 
@@ -12,17 +12,20 @@ import json
 from dataclasses import dataclass, field
 from random import Random
 
+import msgspec
+
 from config.price import CompiledPrice
 from config.settings import Bounds, Metering
-from metering.ledger import AccountRef, Gone, Held, HoldRequest, LedgerUnavailable, SessionRef, Settled
-from metering.pricing import HoldRates
+from metering.ledger import AccountRef, Gone, HoldRequest, KeyLimits, Settled
+from metering.prompt import PromptEstimate, estimate_prompt
 from metering.ranks import encoding
 from metering.redis_ledger import RedisLedger
 from providers.codec import Upstream
+from proxy.admission import Admission, Caller, _Size
 from proxy.answer import stream_headers
 from proxy.candidates import Candidate, Route
 from proxy.client_stream import ClientStream
-from proxy.errors import CallError, LedgerDown, OutOfCredit
+from proxy.errors import CallError
 from proxy.exchange import Deadlines, Exchange
 from proxy.http_request import Origin
 from proxy.live_session import LiveSession
@@ -43,6 +46,7 @@ from tests.support.simulation.witness import Witness
 
 ENCODING = "o200k_base"
 ACCOUNT = AccountRef("u1", 0)
+CALLER = Caller(ACCOUNT, "k1", KeyLimits())
 METERING = Metering(
     slice_tokens=24, slice_low_tokens=10, progress_ms=500, lease_ms=4_000, fence_margin_ms=1_000, output_floor_tokens=4
 )
@@ -51,8 +55,6 @@ BOUNDS = Bounds(
     client_write_ms=2_000, commit_after_ms=800, keepalive_ms=1_200, settle_reply_ms=250,
 )  # fmt: skip
 LIMITS = TransportLimits(connect_ms=1_500, head_ms=2_500, idle_ms=2_500, total_ms=20_000, read_buffer_max=2_048)
-RETRY_WITHIN_S, RETRY_PAUSE_S = 0.2, 0.02
-"""As in `proxy.admission`."""
 WRITE_GRACE_S = 1.0
 """How long after a session's bound for writes the connection has its own, as in `gateway.http_protocol`."""
 
@@ -128,6 +130,22 @@ class _Settler(Settler):
         return due, settling
 
 
+class _Admission(Admission):
+    """Admission, but that a session has its case's id, which is the request's too."""
+
+    def _hold(
+        self,
+        caller: Caller,
+        request: ChatRequest,
+        route: Route,
+        prompt: PromptEstimate,
+        size: _Size,
+        request_id: str,
+    ) -> HoldRequest:
+        hold = super()._hold(caller, request, route, prompt, size, request_id)
+        return msgspec.structs.replace(hold, session=request_id)
+
+
 class _Transport(Transport):
     """The transport, which also counts what is opened for each case."""
 
@@ -156,6 +174,8 @@ class World:
         self.settler.clock = loop
         self._stream_relay = StreamRelay(upstreams, self.live, self.settler, BOUNDS, _render)
         self._whole_relay = WholeRelay(upstreams, self.settler, BOUNDS)
+        self.routes: dict[str, Route] = {}
+        self.admission = _Admission(self.ledger, self.live, self.routes, "p1", "sim", (METERING, BOUNDS))
         self.dials: list[Dial] = []
         self.drain: asyncio.Task[None] | None = None
         self.cases = [self._case(number) for number in range(cases)]
@@ -177,14 +197,17 @@ class World:
     def _case(self, number: int) -> Case:
         rng, loop = self._rng, self.loop
         stream, wanted = rng.random() < 0.75, rng.random() < 0.6
-        prompt = rng.choice((0, 3, 20, 60))
-        body = {"model": "sim", "messages": [{"role": "user", "content": "?"}], "stream": stream}
+        sid = f"s{number}"
+        words = rng.choice((0, 3, 20, 60))
+        body = {"model": sid, "messages": [{"role": "user", "content": " red" * words}], "stream": stream}
         if stream and wanted:
             body["stream_options"] = {"include_usage": True}
         if rng.random() < 0.3 or not stream:
             body["max_tokens"] = rng.choice((5, 40, 400))
         candidates = tuple(self._candidate(f"c{number}p{at}") for at in range(rng.choice((1, 1, 2))))
-        route = Route("sim", candidates, 400, False, rng.random() < 0.1)
+        self.routes[sid] = route = Route("sim", candidates, 400, False, rng.random() < 0.1)
+        request = read_chat(json.dumps(body).encode(), BOUNDS)
+        prompt = estimate_prompt(encoding(ENCODING), "sim", request.messages).tokens
         scripts = [
             script(
                 rng,
@@ -195,10 +218,8 @@ class World:
             )
             for each in candidates
         ]
-        sid = f"s{number}"
         witness = Witness(loop, self.wire, sid, BOUNDS.settle_reply_ms / 1000, stream=stream)
         client = Client(loop, witness.may_write, BOUNDS.client_write_ms / 1000 + WRITE_GRACE_S)
-        request = read_chat(json.dumps(body).encode(), BOUNDS)
         case = Case(number, sid, request, route, prompt, scripts, client, witness)
         witness.price = lambda: case.sockets[-1][0].price
         witness.drained = lambda: self.drain is not None and self.drain.done()
@@ -239,7 +260,7 @@ class World:
         began = self.loop.time()
         self.live.admission_begins()
         try:
-            session, call = await self._admit(case)
+            session, call = await self.admission.admit(CALLER, case.request, case.sid)
         finally:
             self.live.admission_ended()
         case.session, case.call = session, call
@@ -269,49 +290,6 @@ class World:
         if session.stream or not session.finishing:
             session.end(Ending.CLIENT_GONE)
 
-    async def _admit(self, case: Case) -> tuple[LiveSession, PreparedCall]:
-        self.live.admit()
-        request, route = case.request, case.route
-        rates = route.hold_rates(case.prompt, audio=False)
-        sliced = request.stream and not route.hidden_reasoning
-        limit = request.limit if sliced else min(request.limit or route.max_output_tokens, route.max_output_tokens)
-        first = METERING.slice_tokens if limit is None else min(METERING.slice_tokens, limit) if sliced else limit
-        most = 1 << 50 if limit is None else rates.hold_cost(case.prompt, limit)
-        least = rates.hold_cost(case.prompt, 1 if sliced else min(first, METERING.output_floor_tokens))
-        hold = HoldRequest(
-            case.sid, ACCOUNT, "k1", rates.hold_cost(case.prompt, first), least, route.prompt_cost(case.prompt),
-            request.body_hash(), "sim", "p1", b"{}",
-        )  # fmt: skip
-        asked_ms = self.loop.boot_ms()
-        held = await self._ask(hold)
-        covered: int | None = None
-        if not sliced:
-            covered = first if held.held >= hold.want else max(1, rates.output_covered(held.held, case.prompt))
-        session = _session(case, held, asked_ms, rates, most, self.loop)
-        self.live.add(session)
-        return session, PreparedCall(request, route, case.prompt, "counted", covered)
-
-    async def _ask(self, hold: HoldRequest) -> Held:
-        began = self.loop.time()
-        while True:
-            try:
-                reply = await self.ledger.reserve(hold)
-            except LedgerUnavailable:
-                if self.loop.time() - began > RETRY_WITHIN_S:
-                    self.live.detach(self._give_up(hold.session))
-                    raise LedgerDown(retry_after_ms=1_000) from None
-                await asyncio.sleep(RETRY_PAUSE_S)
-                continue
-            if not isinstance(reply, Held):
-                raise OutOfCredit
-            return reply
-
-    async def _give_up(self, sid: str) -> None:
-        try:
-            await self.ledger.void(SessionRef(sid, ACCOUNT, "k1", 0))
-        except LedgerUnavailable:
-            return
-
     # -- providers -----------------------------------------------------------------------------------------------------
 
     async def _dial(self, factory: object, host: str) -> tuple[asyncio.Transport, asyncio.Protocol]:
@@ -335,23 +313,6 @@ class World:
 
 def _case_of(host: str) -> int:
     return int(host.removeprefix("c").partition("p")[0])
-
-
-def _session(case: Case, held: Held, asked_ms: int, rates: HoldRates, most: int, loop: VirtualLoop) -> LiveSession:
-    return LiveSession(
-        ref=SessionRef(case.sid, ACCOUNT, "k1", held.fence),
-        request_id=f"r{case.number}",
-        route="sim",
-        stream=case.request.stream,
-        held=held.held,
-        hold_max=most,
-        slice_cost=rates.output_cost(METERING.slice_tokens),
-        slice_low_cost=rates.output_cost(METERING.slice_low_tokens),
-        fence_ms=asked_ms + held.lease_ms - METERING.fence_margin_ms,
-        checkpoint_at=loop.time(),
-        started_at=loop.time(),
-        clock=loop.clock,
-    )
 
 
 def _render(error: CallError) -> bytes:

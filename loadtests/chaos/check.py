@@ -53,6 +53,9 @@ class Evidence:
     by_hand: Mapping[str, int] = field(default_factory=dict)
     absorbs: bool = False
     """Whether the house may absorb something: streams that outrun their credit."""
+    forked: bool = False
+    """Whether two primaries may have sold the same credit: what a client was told is then what its account paid and
+    what the house absorbed."""
     unbilled_bound: int | None = None
 
 
@@ -69,6 +72,25 @@ class AccountState:
     charged: int
     consumed: int
     charged_rows: int
+    expired_rows: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class GrantState:
+    """One grant across both stores, in micros; `_rows` are sums over Postgres' journal. `over`: its time is over."""
+
+    id: str
+    issued: int
+    available: int
+    held: int
+    consumed: int
+    expired: int
+    voided: int
+    issued_rows: int
+    consumed_rows: int
+    expired_rows: int
+    voided_rows: int
+    over: bool = False
 
 
 def check_sessions(evidence: Evidence, verdict: ChaosVerdict) -> None:
@@ -110,7 +132,10 @@ def _check_session(
         verdict.checked["sessions with their client's own record"] += 1
         if call.told_micros is not None:
             verdict.checked["charges told to clients"] += 1
-            verdict.equal(f"{name}: charge told to its client", call.told_micros, charged)
+            twice = evidence.forked and call.told_micros != charged
+            paid = charged + row["absorbed"] if twice else charged
+            verdict.checked["charges of credit that was sold twice"] += twice
+            verdict.equal(f"{name}: charge told to its client", call.told_micros, paid)
     if state == "void":
         verdict.equal(f"{name}: charge", charged, 0)
         verdict.expect(not (call and call.text), f"{name}: its client had read content")
@@ -163,7 +188,25 @@ def check_account(state: AccountState, verdict: ChaosVerdict) -> None:
     verdict.equal(f"{state.name}: debt", state.debt, 0)
     verdict.equal(f"{state.name}: charged in Redis, against Postgres", state.charged, state.charged_rows)
     verdict.equal(f"{state.name}: consumed of its grants", state.consumed, state.charged_rows)
-    verdict.equal(f"{state.name}: available", state.available, state.issued - state.charged_rows)
+    verdict.equal(f"{state.name}: available", state.available, state.issued - state.charged_rows - state.expired_rows)
+
+
+def check_grant(state: GrantState, verdict: ChaosVerdict) -> None:
+    """One grant at rest: every micro of it is in one place, the same in both stores; once its time is over nothing of
+    it can be spent, and what was not spent is breakage."""
+    name = f"grant {state.id}"
+    verdict.checked["grants over" if state.over else "grants"] += 1
+    placed = state.available + state.held + state.consumed + state.expired + state.voided
+    verdict.equal(f"{name}: available, held, consumed, expired and voided", placed, state.issued)
+    verdict.equal(f"{name}: held", state.held, 0)
+    verdict.equal(f"{name}: issued", state.issued, state.issued_rows)
+    verdict.equal(f"{name}: consumed in Redis, against Postgres", state.consumed, state.consumed_rows)
+    verdict.equal(f"{name}: expired in Redis, against Postgres", state.expired, state.expired_rows)
+    verdict.equal(f"{name}: voided in Redis, against Postgres", state.voided, state.voided_rows)
+    if state.over:
+        verdict.equal(f"{name}: available after its time", state.available, 0)
+        rest = state.issued_rows - state.consumed_rows - state.voided_rows
+        verdict.equal(f"{name}: breakage", state.expired_rows, rest)
 
 
 def check_audit(report: Document, verdict: ChaosVerdict) -> None:

@@ -16,7 +16,7 @@ import asyncpg  # type: ignore[import-untyped]
 import redis.asyncio
 from redis.exceptions import RedisError
 
-from loadtests.chaos.check import AccountState, metadata_of
+from loadtests.chaos.check import AccountState, GrantState, metadata_of
 from loadtests.chaos.servers import ChaosError
 from loadtests.chaos.world import Account, World, until
 from metering.keys import SHARDS
@@ -31,6 +31,13 @@ _SESSIONS = """SELECT s.sid, s.account_id, s.outcome, s.source, s.metadata, c.si
 _CHARGED = """SELECT coalesce(sum(charged), 0)::bigint AS charged FROM (
     SELECT charged FROM session WHERE account_id = $1
     UNION ALL SELECT charged FROM correction WHERE account_id = $1) AS every"""
+_EXPIRED = """SELECT coalesce(sum(breakage), 0)::bigint AS expired FROM consumption
+    WHERE grant_id IN (SELECT id FROM grant_ WHERE account_id = $1)"""
+_GRANTS = """SELECT g.id, g.amount, coalesce(g.expires_at <= now(), false) AS over, coalesce(c.consumed, 0) AS consumed,
+    coalesce(c.expired, 0) AS expired, coalesce(c.voided, 0) AS voided FROM grant_ g LEFT JOIN (
+        SELECT grant_id, sum(amount)::bigint AS consumed, sum(breakage)::bigint AS expired,
+            sum(voided)::bigint AS voided FROM consumption GROUP BY grant_id
+    ) c ON c.grant_id = g.id WHERE g.account_id = $1"""
 _ISSUED = "SELECT coalesce(sum(amount), 0)::bigint AS issued FROM grant_ WHERE account_id = $1"
 
 
@@ -103,6 +110,7 @@ async def _state(world: World, store: redis.asyncio.Redis, account: Account) -> 
     grants = await store.hgetall(account.shard.grants + account.id)
     consumed = sum(int(value) for name, value in grants.items() if _word(name).endswith(":c"))
     (issued,), (charged,) = await world.fetch(_ISSUED, account.id), await world.fetch(_CHARGED, account.id)
+    (expired,) = await world.fetch(_EXPIRED, account.id)
     return AccountState(
         name=account.name,
         issued=issued["issued"],
@@ -113,4 +121,26 @@ async def _state(world: World, store: redis.asyncio.Redis, account: Account) -> 
         charged=number["tc"],
         consumed=consumed,
         charged_rows=charged["charged"],
+        expired_rows=expired["expired"],
     )
+
+
+async def grant_states(world: World, accounts: Sequence[Account]) -> list[GrantState]:
+    """Every grant of the accounts as both stores have it."""
+    store = world.redis()
+    found = []
+    async with contextlib.aclosing(store):
+        for account in accounts:
+            flat = await store.hgetall(account.shard.grants + account.id)
+            fields = {_word(name): int(value) for name, value in flat.items()}
+            rows = await world.fetch(_GRANTS, account.id)
+            found += [_grant_state(row, fields) for row in rows]
+    return found
+
+
+def _grant_state(row: dict[str, Any], fields: dict[str, int]) -> GrantState:
+    issued, available, held, consumed, expired, voided = (fields.get(f"{row['id']}:{name}", 0) for name in "iahcxv")
+    return GrantState(
+        row["id"], issued, available, held, consumed, expired, voided, row["amount"], row["consumed"], row["expired"],
+        row["voided"], row["over"],
+    )  # fmt: skip

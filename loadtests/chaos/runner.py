@@ -13,7 +13,16 @@ from dataclasses import asdict, dataclass, field
 from random import Random
 from typing import Any
 
-from loadtests.chaos import check, collect, faults, journal_faults, store_faults
+from loadtests.chaos import (
+    check,
+    collect,
+    failover_faults,
+    faults,
+    grant_faults,
+    journal_faults,
+    loss_faults,
+    store_faults,
+)
 from loadtests.chaos.check import ChaosVerdict, Evidence
 from loadtests.chaos.load import Door, Load, body, one_call
 from loadtests.chaos.servers import ChaosError
@@ -21,11 +30,10 @@ from loadtests.chaos.stage import Fault, Stage
 from loadtests.chaos.world import Gateway, World
 from loadtests.users.calls import Manner
 
+_KINDS = (faults, store_faults, journal_faults, loss_faults, failover_faults, grant_faults)
 FAULTS: dict[str, type[Fault]] = {
     fault.name: fault
-    for fault in sorted(
-        (*faults.FAULTS, *store_faults.FAULTS, *journal_faults.FAULTS), key=lambda fault: (fault.number, fault.name)
-    )
+    for fault in sorted((one for kind in _KINDS for one in kind.FAULTS), key=lambda fault: (fault.number, fault.name))
 }
 SERVING_S = 30.0
 THREADS = 160
@@ -37,7 +45,8 @@ TAIL_S = 1.5
 class Result:
     """What one run came to. Times in seconds, money in micros. `serving_s`: from the end of the fault until every
     gateway has answered a call; `drained_s`: from the last call's end until nothing is held and Postgres has all;
-    `freed_s`: from a gateway's death until the last of its holds was freed."""
+    `freed_s`: from a gateway's death until the last of its holds was freed; `rebuilt_s`: from when Valkey can be asked
+    again after it lost something until every shard is usable."""
 
     fault: str
     number: int
@@ -53,6 +62,7 @@ class Result:
     serving_s: float = 0.0
     drained_s: float = 0.0
     freed_s: float | None = None
+    rebuilt_s: float | None = None
     checked: dict[str, int] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     findings: list[str] = field(default_factory=list)
@@ -143,11 +153,13 @@ async def _judge(fault: Fault, stage: Stage, result: Result, verdict: ChaosVerdi
         rows = await collect.sessions(world, world.accounts, since)
         evidence = Evidence(
             rows, await collect.served(world, rows, since), [*stage.load.calls, *stage.extra_calls], stage.by_hand,
-            fault.absorbs, fault.unbilled_bound,
+            fault.absorbs, fault.forks, fault.unbilled_bound,
         )  # fmt: skip
         check.check_sessions(evidence, verdict)
         for state in await collect.account_states(world, world.accounts):
             check.check_account(state, verdict)
+        for grant in await collect.grant_states(world, world.accounts):
+            check.check_grant(grant, verdict)
         await fault.judge(stage, evidence, verdict)
         check.check_audit(await world.tollgate("audit", codes=(0, 1)), verdict)
     except (ChaosError, *collect.OUT_OF_ORDER) as trouble:
@@ -162,7 +174,7 @@ def _fill(result: Result, stage: Stage, verdict: ChaosVerdict) -> None:
         verdict.findings.append(f"{stage.load.running} clients still wait for an answer")
     for call in (*stage.load.calls, *stage.extra_calls):
         result.calls[call.ending] = result.calls.get(call.ending, 0) + 1
-    result.freed_s = stage.freed_s
+    result.freed_s, result.rebuilt_s = stage.freed_s, stage.rebuilt_s
     result.micros, result.unbilled_max = verdict.micros, verdict.unbilled_max
     result.checked, result.counts = dict(verdict.checked), dict(stage.counts)
     result.findings = verdict.findings

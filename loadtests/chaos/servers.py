@@ -199,6 +199,21 @@ class Valkey(_Server):
             resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         (self.data / "filler").unlink(missing_ok=True)
 
+    def log_end(self) -> tuple[Path, int]:
+        """The append-only file that is written to now, and its size. Raises ChaosError where there is none."""
+        files = sorted(self.data.glob("appendonlydir/*.incr.aof"), key=lambda path: path.stat().st_mtime_ns)
+        if not files:
+            raise ChaosError("Valkey has no append-only file")
+        return files[-1], files[-1].stat().st_size
+
+    def lose_data(self) -> int:
+        """Delete its files while it does not run. How many bytes those were."""
+        files = [path for path in self.data.rglob("*") if path.is_file()]
+        lost = sum(path.stat().st_size for path in files)
+        for path in files:
+            path.unlink()
+        return lost
+
     def remove(self) -> None:
         """Kill and unmount; the folder is its owner's to delete."""
         if self.process is not None and self.process.poll() is None:

@@ -27,6 +27,8 @@ class Stage:
     by_hand: dict[str, int] = field(default_factory=dict)
     freed_s: float | None = None
     """From the death of a gateway until the last of its holds was freed."""
+    rebuilt_s: float | None = None
+    """From the moment at which Valkey can be asked again until every shard is usable and of one epoch with Postgres."""
     extra_calls: list[Call] = field(default_factory=list)
 
     async def rest(self, low_s: float, high_s: float) -> None:
@@ -51,6 +53,8 @@ class Fault(ABC):
     mix: ClassVar[Mix] = Mix()
     unbilled_bound: ClassVar[int | None] = None
     absorbs: ClassVar[bool] = False
+    forks: ClassVar[bool] = False
+    """Whether the same credit may be sold by two servers."""
     seconds_least: ClassVar[float] = 0.0
     """How long the load lasts at least."""
 

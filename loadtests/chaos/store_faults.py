@@ -70,7 +70,14 @@ class DuplicateFinalize(Fault):
 
     async def _storm(self, stage: Stage, stores: list[redis.asyncio.Redis], account: Account) -> None:
         sid = session_id()
-        common: dict[str, str | int] = {"ep": 1, "uid": account.id, "sid": sid, "kid": account.key_id, "metadata": "{}"}
+        epoch = await scripts.epoch(stores[0], account)
+        common: dict[str, str | int] = {
+            "ep": epoch,
+            "uid": account.id,
+            "sid": sid,
+            "kid": account.key_id,
+            "metadata": "{}",
+        }
         held = await scripts.run(stores[0], "reserve", account, sid, {
             **common, "owner": "storm", "body": "b", "price": "p", "want": 600, "minimum": 1, "prompt": 1,
             "lease": 15_000, "rpm": "", "parallel": "", "past": "",

@@ -176,7 +176,7 @@ class World:
 
     def redis(self) -> redis.asyncio.Redis:
         """A new client of the primary."""
-        return redis.asyncio.Redis.from_url(self.valkey.url(), socket_timeout=10, socket_connect_timeout=5)
+        return client_of(self.valkey)
 
     async def postgres_connection(self) -> Any:
         """A new connection. Raises what asyncpg raises."""
@@ -230,6 +230,11 @@ class World:
     def links(self, name: str) -> list[Link]:
         """The link of that name of every gateway."""
         return [gateway.links[name] for gateway in self.gateways]
+
+
+def client_of(server: Valkey) -> redis.asyncio.Redis:
+    """A new client of one server, past the links."""
+    return redis.asyncio.Redis.from_url(server.url(), socket_timeout=10, socket_connect_timeout=5)
 
 
 async def until(condition: Callable[[], Any], seconds: float, what: str, every_s: float = 0.1) -> Any:
@@ -347,7 +352,7 @@ def _folder() -> Path:
 def _start_stores(made: World) -> None:
     made.valkey.make(small_disk=True)
     made.valkey.start()
-    made.replica.make(small_disk=False)
+    made.replica.make(small_disk=True)  # a failover makes it the primary
     made.replica.start()
     made.postgres.make()
     made.postgres.start()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.redis_client import RedisClient
+from storage.redis_replicated import MARK
 from tests.support.ports import free_port
 from tests.support.redis_server import RedisServer
 
@@ -28,6 +29,7 @@ class Pair:
         """Until the replica has what the primary has and says so."""
         async with connected(self.primary) as client:
             deadline = time.monotonic() + 20
+            await client.call(*MARK)  # WAIT waits for the last write of its own connection, so there must be one
             while await client.call("WAIT", 1, 100) != 1:
                 assert time.monotonic() < deadline, "the replica does not follow"
 

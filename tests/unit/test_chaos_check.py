@@ -15,8 +15,10 @@ from loadtests.chaos.check import (
     AccountState,
     ChaosVerdict,
     Evidence,
+    GrantState,
     check_account,
     check_audit,
+    check_grant,
     check_sessions,
 )
 from loadtests.simulated_provider.text import count
@@ -90,17 +92,26 @@ class Run:
         ]
         self.by_hand = {"s-storm": 77}
         self.bound: int | None = UNBILLED_TOKENS
-        self.accounts = [AccountState("acc", 1_000, 1_000 - 400, 0, 0, 0, 400, 400, 400)]
+        self.absorbs = self.forked = False
+        self.accounts = [AccountState("acc", 1_000, 1_000 - 400 - 50, 0, 0, 0, 400, 400, 400, 50)]
+        self.grants = [
+            GrantState("open", 800, 500, 0, 300, 0, 0, 800, 300, 0, 0),
+            GrantState("over", 200, 0, 0, 100, 50, 50, 200, 100, 50, 50, over=True),
+        ]
         self.audit: dict[str, Any] = {"accounts": 1, "differences": [], "pending_grants": []}
 
     def verdict(self) -> ChaosVerdict:
         found = ChaosVerdict()
         check_sessions(
-            Evidence(self.rows, self.served, self.calls, self.by_hand, unbilled_bound=self.bound),
+            Evidence(
+                self.rows, self.served, self.calls, self.by_hand, self.absorbs, self.forked, unbilled_bound=self.bound
+            ),
             found,
         )
         for state in self.accounts:
             check_account(state, found)
+        for grant in self.grants:
+            check_grant(grant, found)
         check_audit(self.audit, found)
         return found
 
@@ -123,6 +134,14 @@ def _account_wrong(**changes: int) -> Callable[[Run], None]:
     def spoil(run: Run) -> None:
         given = {name: getattr(run.accounts[0], name) + change for name, change in changes.items()}
         run.accounts[0] = replace(run.accounts[0], **given)
+
+    return spoil
+
+
+def _grant_wrong(number: int, **changes: int) -> Callable[[Run], None]:
+    def spoil(run: Run) -> None:
+        given = {name: getattr(run.grants[number], name) + change for name, change in changes.items()}
+        run.grants[number] = replace(run.grants[number], **given)
 
     return spoil
 
@@ -159,6 +178,18 @@ WRONG: dict[str, tuple[Callable[[Run], object], int]] = {
     "another charge than its client was told": (lambda run: setattr(run.calls[0], "told_micros", WHOLE + 1), 1),
     "less than was delivered to a client that left": (lambda run: setattr(run.calls[1], "text", SAID), 0),
     "content for nothing": (lambda run: setattr(run.calls[4], "text", "Hello"), 0),
+    "a grant that expired in Redis only": (_grant_wrong(0, available=-5, expired=5), 5),
+    "a grant that lost a micro": (_grant_wrong(0, available=-1), 1),
+    "a grant that is held for ever": (_grant_wrong(0, available=-3, held=3), 3),
+    "a grant that Postgres has more of": (_grant_wrong(0, issued_rows=1), 1),
+    "a consumption that Postgres lacks": (_grant_wrong(0, consumed_rows=-2), 2),
+    "a void that Postgres lacks": (_grant_wrong(1, voided_rows=-1), 1),
+    "credit that can be spent after its time": (
+        _grant_wrong(1, available=4, expired=-4, expired_rows=-4),
+        8,
+    ),
+    "breakage of what was spent": (_grant_wrong(1, expired=1, expired_rows=1, available=-1), 1),
+    "an account that lacks its breakage": (_account_wrong(expired_rows=-1), 1),
     "something that the house absorbed": (lambda run: run.rows[0].update(absorbed=1), 1),
 }
 
@@ -185,3 +216,15 @@ def test_what_a_killed_gateway_gave_away_is_counted_and_held_to_its_bound() -> N
     assert verdict.micros == 0  # a bound was broken, but no micro was lost or created
     run.bound = None
     assert run.verdict().ok
+
+
+def test_what_was_told_of_credit_that_two_primaries_sold_is_what_was_paid_and_what_the_house_absorbed() -> None:
+    run = Run()
+    run.absorbs = True
+    run.rows[0]["charged"] -= 5
+    run.rows[0]["absorbed"] = 5
+    assert run.verdict().micros == 5  # the client was told more than was charged, and there was one primary
+    run.forked = True
+    assert run.verdict().findings == []
+    run.rows[0]["absorbed"] = 4
+    assert run.verdict().micros >= 1

@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 8080
+# Modules of tests that run at a time.
+TEST_PROCESSES ?= 2
 export PORT
 # A virtual environment of somebody else's shell must not leak into ours.
 unexport PYTHONPATH
@@ -17,8 +19,8 @@ help:  ## what can be made
 run: $(VENV)/.run-stamp  ## install into .venv and serve on http://127.0.0.1:8080 (PORT and TOLLGATE_DATA_DIR override)
 	@exec $(BIN)/tollgate serve
 
-test: $(VENV)/.installed  ## the whole test suite, on a Valkey and a Postgres of its own
-	@$(BIN)/python -m pytest
+test: $(VENV)/.installed  ## the whole test suite, on Valkeys and Postgreses of its own (TEST_PROCESSES=2)
+	@$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 lint: $(VENV)/.installed  ## the checkers alone
 	@$(BIN)/python -m pytest tests/test_tidy.py

@@ -5,8 +5,9 @@ Must not: open connections, read clocks, hold money. Requests leave as bytes; wh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -14,9 +15,32 @@ from providers.events import Event, ProviderFailure, ReportedUsage
 from providers.json_root import RootObject
 
 
+class BadRequest(Exception):
+    """The request is not what OpenAI's API takes: `param` is at fault (400 `invalid_value`)."""
+
+    def __init__(self, param: str, message: str) -> None:
+        self.param = param
+        self.message = message
+        super().__init__(message)
+
+
+class Unsupported(Exception):
+    """The provider cannot do what `param` asks for (400 `unsupported_parameter`, where no other candidate can)."""
+
+    def __init__(self, param: str, message: str | None = None) -> None:
+        self.param = param
+        self.message = message or f"The provider of this model does not support '{param}'."
+        super().__init__(self.message)
+
+
 @dataclass(frozen=True, slots=True)
 class Upstream:
-    """A configured provider as codecs see it. `target` is the path prefix of its base URL; `key` is secret."""
+    """A configured provider as codecs see it. `target` is the path prefix of its base URL; `key` is secret, and sent as
+    `key_style` says where a wire has more than one way.
+
+    `drop` are the request's members that are left out where this provider cannot serve them (all of them where it has
+    "*"); any other of them is refused. `options` are settings that only its kind knows (a region, an API version).
+    """
 
     name: str
     kind: str
@@ -25,6 +49,9 @@ class Upstream:
     include_usage: bool = True
     clean_eof: bool = False
     limit_field: str | None = None
+    drop: frozenset[str] = frozenset()
+    options: Mapping[str, str] = field(default_factory=dict, hash=False)
+    key_style: Literal["bearer", "api-key"] = "bearer"
 
     def __repr__(self) -> str:
         return f"Upstream({self.name!r})"
@@ -34,7 +61,8 @@ class ChatCall(msgspec.Struct, frozen=True):
     """One chat completion to send: the client's body with its splices already decided.
 
     `body` is the upstream body; `model` the candidate's model; `choices` how many the client wants;
-    `usage_wanted` whether the client asked for the usage chunk; `rename_to` a model name to put into answers.
+    `usage_wanted` whether the client asked for the usage chunk; `rename_to` a model name to put into answers;
+    `created` the time in answers that the gateway makes, in seconds (codecs read no clock).
     """
 
     body: bytes
@@ -44,6 +72,7 @@ class ChatCall(msgspec.Struct, frozen=True):
     usage_wanted: bool = False
     rename_to: str | None = None
     frame_bytes_max: int = 1024 * 1024
+    created: int = 0
 
 
 class UpstreamRequest(msgspec.Struct, frozen=True):
@@ -68,10 +97,10 @@ class Answer(Protocol):
 
 
 class Codec(Protocol):
-    """A provider's wire, both ways (the openai codec is the first of several)."""
+    """A provider's wire, both ways. Made with `(upstream, call)`; `providers.registry` finds the class."""
 
     def request(self, call: ChatCall, request_id: str) -> UpstreamRequest:
-        """The upstream request for `call`."""
+        """The upstream request for `call`. A codec that translates raises `BadRequest` or `Unsupported`."""
 
     def feed(self, data: bytes) -> list[Event]:
         """Events completed by `data`. Never raises: damage becomes `Failed`."""
@@ -90,3 +119,7 @@ class Codec(Protocol):
 
     def usage_chunk(self, usage: bytes, extra: bytes) -> bytes:
         """The final payload: no choices, `usage` (a JSON object) and `extra` members (`,"x":...` or empty)."""
+
+    @property
+    def open_choices(self) -> tuple[int, ...]:
+        """Choices that began and have not finished."""

@@ -63,7 +63,19 @@ class UsageSeen(msgspec.Struct):
     usage: ReportedUsage
 
 
-FailureKind = Literal["caller", "key_refused", "rate_limited", "overloaded", "server", "garbage", "truncated"]
+FailureKind = Literal[
+    "caller",
+    "context_length",
+    "content_policy",
+    "key_refused",
+    "rate_limited",
+    "overloaded",
+    "server",
+    "garbage",
+    "truncated",
+]
+"""Whose fault it is. `context_length` and `content_policy` are the caller's too (status 400), but another model may
+take the same request."""
 
 
 @dataclass(slots=True)

@@ -13,6 +13,7 @@ from providers.events import Channel, Chunk, Completed, Delta, Event, Failed, Pr
 from providers.json_root import NotAnObject, RootObject
 from providers.openai_errors import failure_from_frame, failure_from_status
 from providers.openai_repair import finish_payload, repaired, usage_payload
+from providers.openai_request import azure_target, without
 from providers.openai_wire import (
     NO_USAGE,
     WireChoice,
@@ -57,11 +58,16 @@ class OpenAICodec:
 
     def request(self, call: ChatCall, request_id: str) -> UpstreamRequest:
         """POST to `<base>/chat/completions` with our key and nothing of the client's headers."""
+        upstream = self._upstream
         headers: tuple[tuple[bytes, bytes], ...] = _STREAM_HEADERS if call.stream else _WHOLE_HEADERS
-        if self._upstream.key is not None:
-            headers = (*headers, (b"authorization", b"Bearer " + self._upstream.key.encode()))
+        if upstream.key is not None:
+            key = upstream.key.encode()
+            bearer = upstream.key_style == "bearer"
+            headers = (*headers, (b"authorization", b"Bearer " + key) if bearer else (b"api-key", key))
         own = ((b"x-request-id", request_id.encode()),)
-        return UpstreamRequest(b"POST", self._upstream.target + b"/chat/completions", headers, own, call.body)
+        target = upstream.target + b"/chat/completions" if upstream.kind != "azure" else azure_target(upstream, call)
+        body = without(call.body, upstream.drop) if upstream.drop else call.body
+        return UpstreamRequest(b"POST", target, headers, own, body)
 
     def feed(self, data: bytes) -> list[Event]:
         """Events completed by `data`; after `Failed` or `Completed` there are no more."""

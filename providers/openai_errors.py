@@ -14,6 +14,9 @@ from providers.events import FailureKind, ProviderFailure
 MESSAGE_CHARS_MAX = 2_000
 _OUR_FAULT = {"invalid_api_key", "authentication_error", "insufficient_quota"}
 """Our key or our account at the provider is at fault. A caller would read it as its own, which it has here too."""
+CONTEXT_LENGTH = frozenset(("context_length_exceeded",))
+CONTENT_POLICY = frozenset(("content_filter", "content_policy_violation"))
+"""Codes of refusals that are the caller's, but that another model may not share."""
 UNTOLD = "The provider reported an error."
 _decode = msgspec.json.Decoder().decode
 
@@ -38,6 +41,10 @@ def _judge(failure: ProviderFailure, status: int) -> None:
     the refused input (a prompt) into the text of a 500, and a refused key is quoted."""
     failure.status = status
     failure.kind = _kind(status)
+    if failure.kind == "caller" and failure.code in CONTEXT_LENGTH:
+        failure.kind = "context_length"
+    elif failure.kind == "caller" and failure.code in CONTENT_POLICY:
+        failure.kind = "content_policy"
     if _OUR_FAULT & {failure.type, failure.code}:
         failure.kind = "key_refused"  # also a 401 that came too late for a status
     if status >= 500:

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from providers.events import Channel, Delta, ReportedUsage
+from providers.json_root import RootObject
 
 
 class ToolFunction(msgspec.Struct, gc=False):
@@ -274,6 +275,8 @@ def usage_of(raw: bytes) -> ReportedUsage | None:
     given = usage.prompt_tokens_details or _NOT_GIVEN
     made = usage.completion_tokens_details or _NOT_MADE
     cached = usage.prompt_cache_hit_tokens if given.cached_tokens is None else given.cached_tokens
+    if made.reasoning_tokens and usage.total_tokens != usage.prompt_tokens + usage.completion_tokens:
+        return lenient_usage(raw)
     return ReportedUsage(
         prompt=usage.prompt_tokens,
         output=usage.completion_tokens,
@@ -300,16 +303,28 @@ def lenient_usage(raw: bytes) -> ReportedUsage | None:
     cached = _count(given, "cached_tokens")
     if cached is None:
         cached = _count(value, "prompt_cache_hit_tokens")
+    reasoning = _count(made, "reasoning_tokens") or 0
+    if reasoning > 0 and prompt is not None and output is not None:
+        output, raw = _with_reasoning(value, raw, (prompt, output, reasoning))
     return ReportedUsage(
         prompt=prompt,
         output=output,
         cached=cached or 0,
         cache_write=_count(given, "cache_write_tokens") or 0,
-        reasoning=_count(made, "reasoning_tokens") or 0,
+        reasoning=reasoning,
         audio_input=_count(given, "audio_tokens") or 0,
         audio_output=_count(made, "audio_tokens") or 0,
         raw=raw,
     )
+
+
+def _with_reasoning(value: Mapping[str, Any], raw: bytes, counts: tuple[int, int, int]) -> tuple[int, bytes]:
+    """The output with its reasoning, and the object that says so. xAI counts reasoning beside `completion_tokens`,
+    OpenAI within: the total tells which it is."""
+    prompt, output, reasoning = counts
+    if _count(value, "total_tokens") != prompt + output + reasoning:
+        return output, raw
+    return output + reasoning, RootObject(raw).replaced({"completion_tokens": b"%d" % (output + reasoning)})
 
 
 def _count(value: Mapping[str, Any], name: str) -> int | None:

@@ -11,6 +11,11 @@ simulate: .venv/.installed ## seeded schedules of the session core (SIMULATE_SCH
 prove-lua: .venv/.installed ## what the ledger's scripts cost the server, in microseconds
 	@.venv/bin/python -m tests.support.lua_cost
 
+# ---- make prove-model: random histories of the ledger's scripts against a small model (tests/support/lua_model*.py) ----
+.PHONY: prove-model
+prove-model: .venv/.installed ## random histories of the ledger's scripts (MODEL_EXAMPLES=2000 SEED=n; ARGS="--mutant all")
+	@MODEL_EXAMPLES=$(MODEL_EXAMPLES) SEED=$(SEED) .venv/bin/python -m tests.support.lua_model_runs $(ARGS)
+
 # ---- make prove-drain: how fast a full outbox goes to Postgres, and what the time is spent on (docs/journal.md) ----
 .PHONY: prove-drain
 prove-drain: .venv/.installed ## entries/s from a full outbox to Postgres (DRAIN_ENTRIES=200000; ARGS="--sample --batch 4000")

@@ -56,8 +56,12 @@ OTHERS = {
 """What a fuzzed argument may be beside the valid and the absurd."""
 UNTOUCHED = {("void", "order"), ("correct", "leases"), ("correct", "limits")}
 """Keys that these scripts share with others and do not use themselves."""
-MARGIN = 3.0
-"""`make prove-lua` prints the figures on a quiet machine."""
+RATIO = 1.15
+"""What a verb may cost with 64 grants, in costs with one. The best turns differ by less than 1.1, also with four busy
+processes per core; a burn order read as one page of 64 costs an extension 1.2 to 1.3, one whose grants are all read 4.
+"""
+SLOWER = 1.5
+"""How much slower than the machine of the published bound this one may be. `make prove-lua` prints the figures."""
 
 
 def written_commands() -> list[tuple[str, str]]:
@@ -238,8 +242,8 @@ async def test_the_server_writes_whole_numbers_with_all_their_digits(server: Red
 
 
 async def test_64_grants_cost_a_call_little_more_than_one(server: RedisServer) -> None:
-    """The published bound is 30 us of server time for a verb. The server counts wall time; a busy machine adds to it:
-    the best of as many turns as it takes must be within the margin, of the bound and of the cost with one grant."""
+    """The published bound is 30 us of server time for a verb. The server counts wall time, to which a busy machine only
+    adds: the best of as many turns as it takes must be within the bound, and hardly above the cost with one grant."""
     deadline = time.monotonic() + 15
     one: dict[str, float] = {}
     many: dict[str, float] = {}
@@ -248,7 +252,8 @@ async def test_64_grants_cost_a_call_little_more_than_one(server: RedisServer) -
             for best, shape in ((one, SHAPES[0]), (many, MEASURED)):
                 for verb, costs in (await turns_of(client, shape, 30)).items():
                     best[verb] = min(costs[0], best.get(verb, costs[0]))
-            slow = {verb: (one[verb], cost) for verb, cost in many.items() if cost > MARGIN * min(one[verb], BOUND_US)}
+            most = {verb: min(RATIO * cost, SLOWER * BOUND_US) for verb, cost in one.items()}
+            slow = {verb: (one[verb], cost) for verb, cost in many.items() if cost > most[verb]}
             if not slow or time.monotonic() > deadline:
                 break
     assert slow == {}

@@ -1,233 +1,244 @@
-"""What the ledger means, in Python's integers: the model that random histories of the real scripts are held against."""
+"""What the ledger means, in Python's integers: the model that random histories of the real scripts are held against.
+
+Sessions are here, grants and policies in `lua_model_credit`, the account's figures in `lua_model_books`. Must not:
+know a script or a key.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from metering.ledger import (
-    ChangeRefused,
+    Corrected,
     Gone,
-    Granted,
-    GrantRefused,
     Held,
+    HoldRequest,
+    NotCorrected,
+    Outcome,
     Progressed,
     Refused,
+    Repeated,
+    SessionRef,
     Settled,
-    Voided,
 )
-from tests.support.valkey import WALL
+from tests.support.lua_model_books import Session
+from tests.support.lua_model_credit import Credit
 
 LEASE_MS = 15_000
-SLOTS = 3
+MINUTE_MS = 60_000
+HOUR_MS = 3_600_000
+FORGETS = 16
+"""How many admissions that no window asks for any more are dropped at a time."""
 
 
-@dataclass
-class Grant:
-    """i = a + h + c + x + v. `listed`: its credit can still be spent by a new hold."""
-
-    order: tuple[int, int, int, str]
-    issued: int
-    a: int
-    expires: int
-    h: int = 0
-    c: int = 0
-    x: int = 0
-    v: int = 0
-    listed: bool = True
-    revoked: bool = False
-    revocation: Voided | None = None
-
-    def live(self, now: int) -> bool:
-        return self.expires == 0 or self.expires > now
-
-
-@dataclass
-class Session:
-    state: str
-    slices: dict[str, int] = field(default_factory=dict)
-    fence: int = 0
-    lease: int = 0
-    q: int = 0
-    metered: int = 0
-    charged: int = 0
-    absorbed: int = 0
-    entry: int = 0
-    outcome: str = ""
-
-    @property
-    def hold(self) -> int:
-        return sum(self.slices.values())
-
-
-class Model:
-    """What the ledger means, in Python's integers."""
+class Model(Credit):
+    """One account with its sessions, all of one API key."""
 
     def __init__(self) -> None:
-        self.now = WALL
-        self.grants: dict[str, Grant] = {}
-        self.sessions: dict[str, Session] = {}
-        self.n = 0
-        self.charged = 0
-        self.issued: dict[str, Granted] = {}
-        self.early: dict[str, Voided] = {}
-        self.changes: dict[str, tuple[int, bool, Voided]] = {}
+        super().__init__()
+        self.admissions: list[int] = []
+        self.forgotten = 0
+        self.keyed: dict[str, tuple[str, str]] = {}
 
-    @property
-    def available(self) -> int:
-        return sum(grant.a for grant in self.grants.values())
+    def limits(self) -> dict[str, int]:
+        """The key's hash: open sessions, admissions under a rate, and the times that a window may still ask for."""
+        kept = {f"w{j}": time for j, time in enumerate(self.admissions) if j >= self.forgotten}
+        rates = {"q": len(self.admissions), "lo": self.forgotten} if self.admissions else {}
+        return {"p": len(self.open())} | rates | kept
 
-    @property
-    def held(self) -> int:
-        return sum(session.hold for session in self.open().values())
+    # --- reserve
 
-    def open(self) -> dict[str, Session]:
-        return {sid: session for sid, session in self.sessions.items() if session.state == "H"}
-
-    def grant(self, gid: str, amount: int, priority: int, expires: int) -> Granted | GrantRefused:
-        if amount == 0:
-            return GrantRefused("bounds")
-        grant, first = self.grants.get(gid), self.issued.get(gid)
-        if grant is not None and first is not None:
-            if (grant.issued, grant.expires) != (amount, expires):
-                return GrantRefused("conflict")
-            return Granted(self.available, first.entry, 0, repeated=True)
-        if gid in self.early:
-            return GrantRefused("revoked")
-        self.n += 1
-        self.grants[gid] = Grant((priority, expires or 10**15 - 1, self.now, gid), amount, amount, expires)
-        self.issued[gid] = Granted(self.available, self.n, 0)
-        return self.issued[gid]
-
-    def expire(self) -> list[tuple[str, int, int]]:
-        """What the expirer moves: (grant, amount, entry), in the order of their ends."""
-        over = [(g.expires, gid) for gid, g in self.grants.items() if g.listed and not g.live(self.now)]
-        moved = []
-        for _, gid in sorted(over):
-            grant = self.grants[gid]
-            if grant.a:
-                self.n += 1
-                moved.append((gid, grant.a, self.n))
-            grant.x, grant.a, grant.listed = grant.x + grant.a, 0, False
-        return moved
-
-    def revoke(self, gid: str) -> Voided:
-        grant = self.grants.get(gid)
-        past = self.early.get(gid) if grant is None else grant.revocation
+    def reserve(self, asked: HoldRequest) -> Held | Refused | Repeated:
+        """Hold credit and admit a session; a refusal stores nothing."""
+        past = self._past(asked) or self._barred(asked)
         if past is not None:
-            return Voided(past.amount, self.available, past.entry, repeated=True)
-        self.n += 1
-        if grant is None:
-            self.early[gid] = Voided(0, self.available, self.n)
-            return self.early[gid]
-        amount, grant.a, grant.v = grant.a, 0, grant.v + grant.a
-        grant.listed, grant.revoked = False, True
-        grant.revocation = Voided(amount, self.available, self.n)
-        return grant.revocation
-
-    def adjust(self, change: str, amount: int, whole: bool) -> Voided | ChangeRefused:
-        if amount == 0:
-            return ChangeRefused("bounds")
-        if change in self.changes:
-            *same, first = self.changes[change]
-            if same != [amount, whole]:
-                return ChangeRefused("conflict")
-            return Voided(first.amount, self.available, first.entry, repeated=True)
-        taken = self.take(amount)
-        if whole and sum(taken.values()) < amount:
-            taken = {}
-        for gid, part in taken.items():
-            self.grants[gid].a -= part
-            self.grants[gid].v += part
-        self.n += 1
-        self.changes[change] = (amount, whole, Voided(sum(taken.values()), self.available, self.n))
-        return self.changes[change][2]
-
-    def burn_order(self) -> list[str]:
-        ordered = sorted(self.grants.items(), key=lambda pair: pair[1].order)
-        return [gid for gid, grant in ordered if grant.listed and (grant.a or grant.h)]
-
-    def take(self, need: int) -> dict[str, int]:
-        """What the grants in burn order would give."""
-        out: dict[str, int] = {}
-        for gid, grant in sorted(self.grants.items(), key=lambda pair: pair[1].order):
-            give = min(grant.a, need - sum(out.values())) if grant.live(self.now) else 0
-            if give > 0:
-                out[gid] = give
-        return out
-
-    def hold(self, session: Session, taken: dict[str, int]) -> None:
-        for gid, amount in taken.items():
-            self.grants[gid].a -= amount
-            self.grants[gid].h += amount
-            session.slices[gid] = session.slices.get(gid, 0) + amount
-
-    def reserve(self, sid: str, want: int, minimum: int) -> Held | Refused:
-        past = self.sessions.get(sid)
-        if past is not None and past.state == "H":
-            return Held(past.hold, self.available, past.fence, max(0, past.lease - self.now), repeated=True)
-        if past is not None:
-            return Refused("tombstone" if past.state == "V" else "finished", self.available, self.held)
-        if len(self.open()) >= SLOTS:
-            return Refused("parallel", self.available, self.held, 1_000)
-        taken = self.take(want)
+            return past
+        taken = self.plan(asked.want)
         got = sum(taken.values())
-        if got < minimum:
-            in_flight = got + self.held >= minimum
-            return Refused("in_flight" if in_flight else "balance", got, self.held, 1_000 if in_flight else 0)
-        session = self.sessions[sid] = Session("H", fence=self.now, lease=self.now + LEASE_MS)
-        self.hold(session, taken)
-        return Held(got, self.available, self.now, LEASE_MS)
+        line = min(self.room, asked.want - got)
+        whole = got + line
+        if whole < asked.minimum:
+            if whole + self.held >= asked.minimum:
+                return Refused("in_flight", whole, self.held, 1_000)
+            return Refused("balance", whole, self.held)
+        self.write()
+        session = Session("H", fence=self.now, lease=self.now + LEASE_MS, body=asked.body_hash)
+        self.hold(session, taken, line)
+        self.sessions[asked.session] = session
+        if asked.idempotency:
+            self.keyed[asked.idempotency] = (asked.session, asked.body_hash)
+        rate = asked.limits.requests_per_minute
+        if rate is not None:
+            self.forgotten = max(self.forgotten, min(len(self.admissions) - rate + 1, self.forgotten + FORGETS))
+            self.admissions.append(self.now)
+        return Held(whole, self.available, self.now, LEASE_MS)
 
-    def progress(self, sid: str, q: int, metered: int, want: int) -> Progressed | Gone:
-        session = self.sessions.get(sid)
+    def _refused(self, reason: str, retry_after_ms: int = 0) -> Refused:
+        return Refused(reason, self.available, self.held, retry_after_ms)  # type: ignore[arg-type]
+
+    def _past(self, asked: HoldRequest) -> Held | Refused | Repeated | None:
+        """What the session's own past answers, or its idempotency key's."""
+        past = self.sessions.get(asked.session)
+        if past is not None and past.state != "H":
+            return self._refused("tombstone" if past.state == "V" else "finished")
+        if past is not None:
+            if past.body != asked.body_hash:
+                return self._refused("conflict")
+            return Held(past.hold, self.available, past.fence, max(0, past.lease - self.now), repeated=True)
+        by, body = self.keyed.get(asked.idempotency, ("", ""))
+        if by and body != asked.body_hash:
+            return Repeated(by, same_body=False)
+        return Repeated(by, same_body=True) if by and by != asked.past else None
+
+    def _barred(self, asked: HoldRequest) -> Refused | None:
+        """Why the account, or the key's limits, begin nothing now."""
+        if self.blocked:
+            return self._refused("blocked")
+        if self.debt and not self.room:
+            return self._refused("debt")
+        rate, parallel = asked.limits.requests_per_minute, asked.limits.parallel_sessions
+        if rate == 0:
+            return self._refused("requests")
+        if rate is not None and len(self.admissions) >= rate:
+            frees = self.admissions[-rate] + MINUTE_MS
+            if frees > self.now:
+                return self._refused("requests", frees - self.now)
+        if parallel is not None and len(self.open()) >= parallel:
+            return self._refused("parallel", 1_000)
+        return None
+
+    # --- a session's life
+
+    def progress(self, ref: SessionRef, q: int, metered: int, want: int) -> Progressed | Gone:
+        """A checkpoint: counts when it is newer, renews also when it is a repeat, extends the hold."""
+        session = self.sessions.get(ref.session)
         if session is None or session.state == "V":
             return Gone("unknown")
+        if ref.fence != session.fence:
+            return Gone("fenced")
         if session.state == "T":
             return Gone("final", session.charged)
         if not (q > session.q and metered >= session.metered) and (q, metered) != (session.q, session.metered):
             return Progressed(session.hold, self.available, applied=False)
+        self.write()
         session.q, session.metered, session.lease = q, metered, self.now + LEASE_MS
-        self.hold(session, self.take(max(0, want - session.hold)))
+        need = 0 if self.blocked else max(0, want - session.hold)
+        taken = self.plan(need)
+        self.hold(session, taken, min(self.room, need - sum(taken.values())))
         return Progressed(session.hold, self.available)
 
-    def end(self, session: Session, charge: int, outcome: str) -> Settled:
+    def reassert(self, ref: SessionRef, q: int, metered: int, want: int) -> list[str]:
+        """A hold is made anew, from what was spendable at its fence: the verb's answer, word by word."""
+        past = self.sessions.get(ref.session)
+        if past is not None and past.state == "V":
+            return ["TOMBSTONE"]
+        if past is not None and past.state == "T":
+            return ["FINAL", str(past.charged)]
+        if past is not None:
+            return ["EXISTS", str(past.hold), str(self.available)]
+        taken = self.plan(want, min(self.now, ref.fence))
+        line = min(self.room, want - sum(taken.values()))
+        self.write()
+        session = Session("H", fence=ref.fence, lease=self.now + LEASE_MS, q=q, metered=metered, body="hash")
+        self.hold(session, taken, line)
+        self.sessions[ref.session] = session
+        return ["HELD", str(session.hold), str(self.available)]
+
+    # --- its end
+
+    def end(self, session: Session, charge: int, outcome: Outcome) -> Settled:
+        """Held slices pay, then available grants, then the line's held part and its room, as debt, then the house."""
+        room = self.room
+        session.cover = session.hold + self.spendable if self.policy == "cutoff" else None
         left = charge
         for gid, amount in session.slices.items():
-            grant, spent = self.grants[gid], min(amount, left)
+            spent = min(amount, left)
             left -= spent
-            grant.h -= amount
-            grant.c += spent
-            if grant.revoked:
-                grant.v += amount - spent
-            elif grant.live(self.now):
-                grant.a += amount - spent
-            else:
-                grant.x += amount - spent
-        for gid, amount in self.take(left).items():
-            self.grants[gid].a -= amount
-            self.grants[gid].c += amount
-            left -= amount
-        self.n += 1
+            self.grants[gid].h -= amount
+            self.grants[gid].c += spent
+            self.give_back(gid, amount - spent)
+        left -= self.spend(left)
+        owing = min(left, session.line + room)
+        left -= owing
+        self.debt += owing
         self.charged += charge - left
-        session.state, session.slices, session.entry, session.outcome = "T", {}, self.n, outcome
-        session.charged, session.absorbed = charge - left, left
-        return Settled(session.charged, left, self.available, self.n)
+        session.state, session.slices, session.line = "T", {}, 0
+        session.entry, session.outcome, session.ended = self.journal(), outcome, self.now
+        session.due, session.charged, session.absorbed, session.debt = charge, charge - left, left, owing
+        return Settled(session.charged, left, self.available, session.entry)
 
     def repeat(self, session: Session) -> Settled:
+        """What a second ending of a session answers."""
         return Settled(session.charged, session.absorbed, self.available, session.entry, repeated=True)
 
-    def settle(self, sid: str, charge: int) -> Settled | Gone:
-        session = self.sessions.get(sid)
+    def settle(self, ref: SessionRef, charge: int, outcome: Outcome) -> Settled | Gone:
+        """The owner's end of a session."""
+        session = self.sessions.get(ref.session)
         if session is None or session.state == "V":
             return Gone("unknown")
+        if ref.fence != session.fence:
+            return Gone("fenced")
         if session.state == "T":
             return Gone("final", session.charged) if session.outcome == "swept" else self.repeat(session)
-        return self.end(session, charge, "completed")
+        return self.end(session, charge, outcome)
 
-    def void(self, sid: str) -> Settled | Gone:
-        session = self.sessions.setdefault(sid, Session("V"))
+    def void(self, ref: SessionRef) -> Settled | Gone:
+        """The end that charges nothing; a session that never was gets a tombstone."""
+        session = self.sessions.get(ref.session)
+        if session is None:
+            self.write()
+            session = self.sessions[ref.session] = Session("V")
         if session.state == "V":
             return Gone("unknown")
+        nameless = ref.fence == 0 and session.state == "H" and session.q == 0
+        if ref.fence != session.fence and not nameless:
+            return Gone("fenced")
         if session.state == "T":
             return self.repeat(session) if session.outcome == "void" else Gone("final", session.charged)
         return self.end(session, 0, "void")
+
+    def sweep_due(self) -> list[tuple[str, int, int, int]]:
+        """What the sweeper ends: (session, charged, absorbed, entry), the lease that ended first first."""
+        due = sorted((one.lease, f"acc|{sid}", sid) for sid, one in self.open().items() if one.lease <= self.now)
+        ended = [(sid, self.end(self.sessions[sid], self.sessions[sid].metered, "swept")) for _, _, sid in due]
+        return [(sid, one.charged, one.absorbed, one.entry) for sid, one in ended]
+
+    def sweep(self, sid: str) -> list[str]:
+        """The sweep of one session, due or not: the verb's answer, word by word."""
+        session = self.sessions.get(sid)
+        if session is None or session.state == "V":
+            return ["UNKNOWN"]
+        if session.state == "T":
+            figures = (session.charged, session.absorbed, self.available, session.entry, session.outcome)
+            return ["FINAL", *map(str, figures)]
+        if session.lease > self.now:
+            return ["NOTDUE", str(session.lease - self.now)]
+        end = self.end(session, session.metered, "swept")
+        return ["SETTLED", *map(str, (end.charged, end.absorbed, end.available, end.entry))]
+
+    def correct(self, ref: SessionRef, charge: int) -> Corrected | NotCorrected:
+        """A swept session's owner says what it came to: upward, once, within the hour."""
+        session = self.sessions.get(ref.session)
+        if session is None or session.state == "V":
+            return NotCorrected("unknown")
+        if ref.fence != session.fence:
+            return NotCorrected("fenced")
+        if session.state == "H" or session.outcome != "swept":
+            return NotCorrected("open" if session.state == "H" else "ended")
+        if session.correction is not None:
+            first = session.correction
+            return Corrected(first.charged, first.absorbed, self.available, first.entry, repeated=True)
+        due = charge - session.charged - session.absorbed
+        if due <= 0:
+            return NotCorrected("lower")
+        if self.now - session.ended > HOUR_MS:
+            return NotCorrected("late")
+        if session.cover is not None:
+            session.cover = session.cover + self.spendable if self.policy == "cutoff" else None
+        room, left = self.room, due - self.spend(due)
+        owing = min(left, room)
+        left -= owing
+        self.debt += owing
+        self.charged += due - left
+        session.due, session.charged = charge, session.charged + due - left
+        session.absorbed, session.debt = session.absorbed + left, session.debt + owing
+        session.correction = Corrected(due - left, left, self.available, self.journal())
+        return session.correction

@@ -172,7 +172,7 @@ class _Compiler:
         if found is None:
             raise ConfigError(
                 f"routes.{route}: '{candidate.model}' of provider '{candidate.provider}' has no price, "
-                f"and genai-prices has none for '{self._price_provider(candidate)}'. "
+                f"and {self._unlisted(candidate)}. "
                 f'Add [prices."{candidate.provider}/{candidate.model}"] or [prices."{route}"] with input and output.'
             )
         cost = _configured(self._settings.costs, "costs", route, candidate)
@@ -184,15 +184,22 @@ class _Compiler:
             source=found[1],
         )
 
-    def _price_provider(self, candidate: Candidate) -> str:
-        provider = self._settings.providers[candidate.provider]
-        return provider.price_provider or provider.kind
+    def _price_provider(self, candidate: Candidate) -> str | None:
+        """Whose list has its price: None for servers of one's own."""
+        return self._settings.providers[candidate.provider].price_provider
+
+    def _unlisted(self, candidate: Candidate) -> str:
+        name = self._price_provider(candidate)
+        kind = self._settings.providers[candidate.provider].kind
+        return f"genai-prices has none for '{name}'" if name else f"there is no list of prices for the kind '{kind}'"
 
     def _listed(self, candidate: Candidate, factor: Fraction) -> CompiledPrice | None:
         """The price in genai-prices, times `factor`; None without both an input and an output price."""
+        name = self._price_provider(candidate)
+        if name is None:
+            return None
         from genai_prices import data_snapshot
 
-        name = self._price_provider(candidate)
         provider = next((one for one in data_snapshot.get_snapshot().providers if one.id == name), None)
         if provider is None:
             raise ConfigError(

@@ -15,7 +15,8 @@ from typing import Literal
 
 import msgspec
 
-from config import proxy_url
+from config import kinds, proxy_url
+from config.kinds import is_loopback as is_loopback  # the address of a gateway is asked the same
 from config.proxy_url import ProxyAddress
 
 SHIPPED = Path(__file__).with_name("tollgate.toml")
@@ -112,21 +113,27 @@ class Embedded(_Table, frozen=True):
 
 
 class Provider(_Table, frozen=True):
-    """One upstream. `kind` picks the codec and the price list; profile switches describe what really differs."""
+    """One upstream. `kind` names a row of `config.kinds`, which fills in what the table leaves out once it is made."""
 
-    kind: Literal["openai"]
-    base_url: str
+    kind: str
+    base_url: str = ""
     api_key_env: str | None = None
     insecure: bool = False
-    include_usage: bool = True
-    clean_eof: bool = False
-    limit_field: Literal["max_tokens", "max_completion_tokens"] | None = None
+    include_usage: bool | None = None
+    clean_eof: bool | None = None
+    limit_field: kinds.Limit | None = None
     on_disconnect: Literal["cancel", "finish"] = "cancel"
     price_provider: str | None = None
+    drop_unsupported: tuple[str, ...] | None = None
+    options: dict[str, str] = {}
     http2: bool = False
     proxy: str | None = None
     proxy_url_env: str | None = None
     proxy_env: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in kinds.resolved(self).items():
+            msgspec.structs.force_setattr(self, name, value)
 
     def __repr__(self) -> str:  # `proxy` may hold a password
         return f"Provider(kind={self.kind!r}, base_url={self.base_url!r})"
@@ -200,7 +207,6 @@ def find(environ: Mapping[str, str]) -> Path:
 
 OPENAI = "openai"
 OPENAI_KEY_ENV = "OPENAI_API_KEY"
-OPENAI_URL = "https://api.openai.com/v1"
 
 
 def with_openai(settings: Settings, environ: Mapping[str, str]) -> Settings:
@@ -208,8 +214,8 @@ def with_openai(settings: Settings, environ: Mapping[str, str]) -> Settings:
     (OPENAI_BASE_URL names another address, as for OpenAI's own clients). Raises ConfigError."""
     if not environ.get(OPENAI_KEY_ENV) or OPENAI in settings.providers:
         return settings
-    base_url = environ.get("OPENAI_BASE_URL") or OPENAI_URL
-    provider = Provider(kind="openai", base_url=base_url, api_key_env=OPENAI_KEY_ENV)
+    base_url = environ.get("OPENAI_BASE_URL") or ""
+    provider = Provider(kind=OPENAI, base_url=base_url, api_key_env=OPENAI_KEY_ENV)
     _check_provider(OPENAI, provider, Path("OPENAI_BASE_URL"))
     return msgspec.structs.replace(settings, providers={**settings.providers, OPENAI: provider})
 
@@ -285,32 +291,18 @@ def _check(settings: Settings, path: Path) -> None:
                     f"{path}: routes.{name}.candidates: provider '{candidate.provider}' has no "
                     f"[providers.{candidate.provider}] table. Add it or correct the name."
                 )
+    for name, provider in settings.providers.items():
+        _check_provider(name, provider, path)
     simulate = settings.embedded.simulate
     if simulate is not None and simulate not in settings.providers:
         raise ConfigError(f"{path}: embedded.simulate: provider '{simulate}' has no [providers.{simulate}] table.")
-    for name, provider in settings.providers.items():
-        _check_provider(name, provider, path)
-
-
-_URL = re.compile(
-    r"(?P<scheme>https?)://(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>[0-9]{1,5}))?(?P<path>/[!-~]*)?"
-)
+    if simulate is not None and kinds.speaks(settings.providers[simulate].kind) != OPENAI:
+        raise ConfigError(f"{path}: embedded.simulate: the simulated provider has OpenAI's wire; '{simulate}' has not.")
 
 
 def _check_provider(name: str, provider: Provider, path: Path) -> None:
-    # The URL itself is not repeated: it may hold a password or a key by mistake.
-    found = _URL.fullmatch(provider.base_url)
-    if found is None or set("?#@") & set(provider.base_url) or not 0 < int(found["port"] or 1) < 65_536:
-        raise ConfigError(
-            f"{path}: providers.{name}.base_url: not an http(s) URL of a host, a port and a path. "
-            "Write https://host:443/v1, without user, query or fragment."
-        )
-    scheme, host = found["scheme"], found["host"].strip("[]")
-    if scheme == "http" and not is_loopback(host) and not provider.insecure:
-        raise ConfigError(
-            f"{path}: providers.{name}.base_url: plain http to {host}. Use https, or set insecure = true to accept it."
-        )
     try:
+        kinds.check(provider)
         proxy_url.check(provider)
     except ValueError as error:
         raise ConfigError(f"{path}: providers.{name}.{error}") from None
@@ -334,7 +326,7 @@ def read_secrets(settings: Settings, environ: Mapping[str, str]) -> Secrets:
     or when a provider names a variable that is not set (the simulated provider excepted)."""
     keys: dict[str, str] = {}
     for name, provider in settings.providers.items():
-        if provider.api_key_env is None:
+        if not provider.api_key_env:
             continue
         value = environ.get(provider.api_key_env, "").strip()  # a mounted file ends in a line end
         if not (value.isascii() and value.isprintable()):
@@ -347,7 +339,7 @@ def read_secrets(settings: Settings, environ: Mapping[str, str]) -> Secrets:
         elif name != settings.embedded.simulate:
             raise ConfigError(
                 f"providers.{name}.api_key_env: the environment has no {provider.api_key_env}. "
-                "Set it, or remove the provider."
+                'Set it, or remove the provider; api_key_env = "" says that it asks for no key.'
             )
     proxies: dict[str, ProxyAddress] = {}
     for name, provider in settings.providers.items():
@@ -377,11 +369,6 @@ def listen_address(text: str) -> tuple[str, int]:
     if found is None or not 0 < int(found["port"]) < 65_536:
         raise ConfigError(f"server.metrics_listen: '{text}' is not host:port with a port of 1-65535.")
     return found["host"].strip("[]") or "127.0.0.1", int(found["port"])
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a listening or upstream host is this machine's own loopback."""
-    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def data_dir(environ: Mapping[str, str]) -> Path:

@@ -42,7 +42,7 @@ class _Models(msgspec.Struct):
 async def offered_routes(settings: Settings, secrets: Secrets) -> dict[str, Route]:
     """A route for every chat model that the provider `openai` lists; empty without that provider or its key."""
     provider, key = settings.providers.get(OPENAI), secrets.provider_keys.get(OPENAI)
-    if provider is None or key is None:
+    if provider is None or key is None or provider.kind != OPENAI:
         return {}
     try:
         async with asyncio.timeout(ASK_S), httpx2.AsyncClient(timeout=ASK_S, trust_env=False) as client:

@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from typing import Protocol
 from urllib.parse import urlsplit
 
+from config import kinds
 from config.catalog import Catalog, PricedCandidate, PricedRoute
 from config.price import CompiledPrice
 from config.settings import Provider, Secrets, Settings
 from metering.pricing import HoldRates, TokenUsage, cost, hold_rates
 from metering.token_counter import encoding_name
 from providers.codec import Upstream, UpstreamRequest
+from providers.registry import Wire, wire
 from proxy.exchange import Deadlines, Exchange
 from proxy.http_request import Origin
 
@@ -32,6 +34,7 @@ class Candidate:
     provider with HTTP/2 or a proxy, None for the worker's own transport."""
 
     upstream: Upstream
+    wire: Wire
     origin: Origin
     model: str
     price: CompiledPrice
@@ -69,6 +72,9 @@ class Route:
         return cost(self.candidates[0].price, TokenUsage(prompt_tokens, 0, 0, 0, 0))
 
 
+_Made = tuple[Upstream, Wire, Origin]
+
+
 def build_routes(
     settings: Settings,
     secrets: Secrets,
@@ -78,10 +84,13 @@ def build_routes(
 ) -> dict[str, Route]:
     """All routes of the catalog. `base_urls` replaces addresses of providers that the supervisor started itself;
     `pools` are the providers' own ways."""
-    made: dict[str, tuple[Upstream, Origin]] = {}
-    for name, provider in settings.providers.items():
+    made: dict[str, _Made] = {}
+    for name in {each.provider for entry in catalog.routes.values() for each in entry.candidates}:
+        provider = settings.providers[name]
         base_url = base_urls.get(name, provider.base_url)
-        made[name] = _upstream(name, provider, base_url, secrets.provider_keys.get(name)), Origin.from_url(base_url)
+        origin = Origin.from_url(base_url)
+        upstream = _upstream(name, provider, base_url, origin, secrets.provider_keys.get(name))
+        made[name] = upstream, wire(kinds.speaks(provider.kind)), origin
     routes = {}
     for name, entry in catalog.routes.items():
         candidates = tuple(_candidate(settings, made, each, pools or {}) for each in entry.candidates)
@@ -93,27 +102,34 @@ def _route(name: str, candidates: tuple[Candidate, ...], entry: PricedRoute) -> 
     return Route(name, candidates, entry.max_output_tokens, entry.rename_model, entry.hidden_reasoning)
 
 
-def _upstream(name: str, provider: Provider, base_url: str, key: str | None) -> Upstream:
+def _upstream(name: str, provider: Provider, base_url: str, origin: Origin, key: str | None) -> Upstream:
+    options = dict(provider.options)
+    if kinds.speaks(provider.kind) == "bedrock":
+        options["host"] = origin.authority.decode()  # it is signed
     return Upstream(
         name=name,
         kind=provider.kind,
         target=urlsplit(base_url).path.rstrip("/").encode(),
         key=key,
-        include_usage=provider.include_usage,
-        clean_eof=provider.clean_eof,
+        include_usage=bool(provider.include_usage),
+        clean_eof=bool(provider.clean_eof),
         limit_field=provider.limit_field,
+        drop=frozenset(provider.drop_unsupported or ()),
+        options=options,
+        key_style=kinds.key_style(provider),
     )
 
 
 def _candidate(
     settings: Settings,
-    made: Mapping[str, tuple[Upstream, Origin]],
+    made: Mapping[str, _Made],
     entry: PricedCandidate,
     pools: Mapping[str, Pool],
 ) -> Candidate:
-    upstream, origin = made[entry.provider]
+    upstream, spoken, origin = made[entry.provider]
     return Candidate(
         upstream=upstream,
+        wire=spoken,
         origin=origin,
         model=entry.model,
         price=entry.price,

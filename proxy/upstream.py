@@ -5,6 +5,7 @@ Must not: write to the client or settle. What an attempt cost and how it ended i
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import msgspec
@@ -14,15 +15,16 @@ from metering.meter import Channel, Meter
 from metering.pricing import TokenUsage
 from metering.prompt import PromptKind
 from metering.ranks import encoding
-from providers.codec import Answer, ChatCall
+from providers.codec import Answer, BadRequest, ChatCall, Codec, Unsupported, UpstreamRequest
 from providers.events import Chunk, Completed, Event, Failed, ProviderFailure, ReportedUsage
-from providers.openai import OpenAICodec
 from proxy import telemetry
 from proxy.candidates import Candidate, Route
 from proxy.errors import (
     CallError,
+    InvalidValue,
     LeaseLost,
     ProviderError,
+    UnsupportedParameter,
     UpstreamGarbage,
     UpstreamKeyRefused,
     UpstreamTimedOut,
@@ -45,6 +47,8 @@ from proxy.transport_errors import (
 ERROR_BODY_BYTES_MAX = 256 * 1024
 LIMIT_SLACK, LIMIT_SLACK_TOKENS = 4, 1024
 """How far a reported output may exceed the request's limit: some servers do not count reasoning into the limit."""
+CODES = {"context_length": "context_length_exceeded", "content_policy": "content_policy_violation"}
+"""OpenAI's codes of what a provider refused in its own words, where it names no code."""
 CHANNELS = tuple(Channel(value) for value in range(len(Channel)))
 
 
@@ -67,7 +71,7 @@ class Opened(msgspec.Struct):
     """A stream that has shown its first content: `events` are what was read up to it, in order."""
 
     candidate: Candidate
-    codec: OpenAICodec
+    codec: Codec
     exchange: Exchange
     events: list[Event]
 
@@ -96,7 +100,7 @@ class Upstreams:
             except CallError as error:
                 if not _falls_back(error):
                     raise
-                last = error
+                last = _weightier(last, error)
         raise last or UpstreamUnreachable()
 
     async def fetch_answer(self, session: LiveSession, call: PreparedCall) -> tuple[Candidate, Answer]:
@@ -111,7 +115,7 @@ class Upstreams:
             except CallError as error:
                 if not _falls_back(error):
                     raise
-                last = error
+                last = _weightier(last, error)
         raise last or UpstreamUnreachable()
 
     async def _stream_attempt(self, session: LiveSession, call: PreparedCall, candidate: Candidate) -> Opened:
@@ -120,7 +124,7 @@ class Upstreams:
             await self._expect_success(codec, exchange)
             attempt.status = exchange.status
             self._answered(session, call)
-            events = await self._first_content(codec, exchange)
+            events = await self._first_content(codec, exchange, candidate.wire.stream_types)
         except (TransportError, CallError) as error:
             raise self._failed(session, attempt, error) from None
         finally:
@@ -157,9 +161,7 @@ class Upstreams:
         telemetry.count(telemetry.ATTEMPTS, 1, candidate.upstream.name, "completed")
         return answer
 
-    def _send(
-        self, session: LiveSession, call: PreparedCall, candidate: Candidate
-    ) -> tuple[Attempt, OpenAICodec, Exchange]:
+    def _send(self, session: LiveSession, call: PreparedCall, candidate: Candidate) -> tuple[Attempt, Codec, Exchange]:
         session.finishing = candidate.finish_on_disconnect
         if session.client_gone and not session.finishing:
             session.end(Ending.CLIENT_GONE)
@@ -181,15 +183,16 @@ class Upstreams:
             usage_wanted=request.usage_wanted,
             rename_to=call.route.name if call.route.rename_model else None,
             frame_bytes_max=self._bounds.frame_bytes_max,
+            created=int(time.time()),
         )
-        codec = OpenAICodec(candidate.upstream, chat)
-        out = codec.request(chat, session.request_id)
+        codec = candidate.wire.codec(upstream, chat)
+        attempt = Attempt(upstream.name, candidate.model)
+        session.attempts.append(attempt)
+        out = _told(codec, chat, session, attempt)
         session.meter = Meter(candidate.price, call.prompt_tokens, encoding(candidate.encoding), call.prompt_kind)
         session.price, session.cost = candidate.price, candidate.cost
         limit = call.output_limit or request.limit
         session.output_most = None if limit is None else LIMIT_SLACK * limit * request.choices + LIMIT_SLACK_TOKENS
-        attempt = Attempt(candidate.upstream.name, candidate.model)
-        session.attempts.append(attempt)
         deadlines = self._stream_deadlines if request.stream else self._whole_deadlines
         if candidate.pool is None:
             origin = candidate.origin
@@ -211,7 +214,7 @@ class Upstreams:
         bound_ms = self._bounds.first_content_hidden_ms if hidden else self._bounds.first_content_ms
         session.content_due = session.clock.monotonic() + bound_ms / 1000
 
-    async def _expect_success(self, codec: OpenAICodec, exchange: Exchange) -> None:
+    async def _expect_success(self, codec: Codec, exchange: Exchange) -> None:
         await exchange.head()
         if 200 <= exchange.status < 300:
             return
@@ -221,9 +224,9 @@ class Upstreams:
             raise UpstreamGarbage(f"The provider answered with a redirect (status {exchange.status}).")
         raise failure_error(codec.failure(exchange.status, exchange.headers, body))
 
-    async def _first_content(self, codec: OpenAICodec, exchange: Exchange) -> list[Event]:
+    async def _first_content(self, codec: Codec, exchange: Exchange, types: tuple[bytes, ...]) -> list[Event]:
         """Events up to and with the first content. A stream that fails, ends or errs before it raises CallError."""
-        if not _is_event_stream(exchange):
+        if not _is_stream(exchange, types):
             failure = codec.answer(await self._body(exchange, ERROR_BODY_BYTES_MAX))
             if isinstance(failure, ProviderFailure) and failure.kind != "garbage":
                 raise failure_error(failure)
@@ -266,26 +269,48 @@ class Upstreams:
             attempt.close(session.ending)
             return SessionEnded()
         public = error if isinstance(error, CallError) else transport_error(error)
-        attempt.close(type(public).__name__, exchange.status or None if exchange is not None else None)
-        telemetry.ATTEMPTS.labels(attempt.provider, type(public).__name__).inc()
-        telemetry.log.warning(
-            "attempt failed",
-            request_id=session.request_id,
-            session=session.id,
-            provider=attempt.provider,
-            model=attempt.model,
-            outcome=attempt.outcome,
-            status=attempt.status,
-            ms=attempt.ms,
-        )
+        _close(session, attempt, public, exchange.status or None if exchange is not None else None)
         session.advance(Phase.HELD)
         return public
 
 
-def _is_event_stream(exchange: Exchange) -> bool:
-    for name, value in exchange.headers:  # noqa: SIM110  # once a stream: a generator costs more than the loop
-        if name == b"content-type" and b"event-stream" in value.lower():
-            return True
+def _told(codec: Codec, chat: ChatCall, session: LiveSession, attempt: Attempt) -> UpstreamRequest:
+    """The request in the provider's words. What it has no words for is no fault of the request's: it raises
+    UnsupportedParameter, and the next candidate may take it. A request that is wrong in itself is InvalidValue."""
+    public: CallError
+    try:
+        return codec.request(chat, session.request_id)
+    except Unsupported as error:
+        public = UnsupportedParameter(error.message, param=error.param)
+    except BadRequest as error:
+        public = InvalidValue(error.message, param=error.param)
+    _close(session, attempt, public, None)
+    raise public
+
+
+def _close(session: LiveSession, attempt: Attempt, error: Exception, status: int | None) -> None:
+    """A failed attempt's record, count and log line."""
+    attempt.close(type(error).__name__, status)
+    telemetry.ATTEMPTS.labels(attempt.provider, type(error).__name__).inc()
+    telemetry.log.warning(
+        "attempt failed",
+        request_id=session.request_id,
+        session=session.id,
+        provider=attempt.provider,
+        model=attempt.model,
+        outcome=attempt.outcome,
+        status=attempt.status,
+        ms=attempt.ms,
+    )
+
+
+def _is_stream(exchange: Exchange, types: tuple[bytes, ...]) -> bool:
+    for name, value in exchange.headers:
+        if name == b"content-type":
+            kind = value.lower()
+            for each in types:  # once a stream: a generator costs more than the loop
+                if each in kind:
+                    return True
     return False
 
 
@@ -293,7 +318,13 @@ def _falls_back(error: CallError) -> bool:
     """Whether another candidate may answer: not when the request itself is at fault."""
     if isinstance(error, ProviderError):
         return error.status in (408, 429) or error.status >= 500
-    return True
+    return not isinstance(error, InvalidValue)
+
+
+def _weightier(last: CallError | None, error: CallError) -> CallError:
+    """Which failure of two candidates the client is told: the later one, but that the request is not for a provider is
+    told only when it is for none of them."""
+    return last if last is not None and isinstance(error, UnsupportedParameter) else error
 
 
 def failure_error(failure: ProviderFailure) -> CallError:
@@ -308,7 +339,7 @@ def failure_error(failure: ProviderFailure) -> CallError:
         failure.message,
         status=failure.status,
         type_=failure.type,
-        code=failure.code,
+        code=failure.code or CODES.get(failure.kind),
         param=failure.param,
         retry_after_ms=None if failure.retry_after_s is None else int(failure.retry_after_s * 1000),
     )

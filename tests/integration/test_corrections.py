@@ -19,6 +19,7 @@ from metering.meter import Channel, Meter
 from metering.ranks import encoding
 from metering.redis_ledger import RedisLedger
 from providers.codec import Upstream
+from providers.registry import wire
 from proxy.admission import Admission, Caller
 from proxy.candidates import Candidate, Route
 from proxy.http_request import Origin
@@ -80,6 +81,7 @@ async def worker() -> AsyncIterator[Worker]:
         live = LiveSessions(ledger, Metering(), Bounds())  # does not tick: the session's lease is not renewed
         candidate = Candidate(
             Upstream("p", "openai", b"/v1"),
+            wire("openai"),
             Origin.from_url("http://127.0.0.1:1/v1"),
             "m",
             PRICE,

@@ -9,7 +9,9 @@ import pytest
 
 from accounts import keys
 from gateway import errors
+from providers.events import ProviderFailure
 from proxy import errors as call
+from proxy.upstream import failure_error
 
 NAMED = [
     error
@@ -77,3 +79,14 @@ def test_a_providers_error_keeps_its_status_type_and_code() -> None:
 def test_an_unknown_exception_shows_nothing_of_itself() -> None:
     body = errors.error_object(RuntimeError("SELECT secret FROM /etc/passwd"))
     assert body == {"message": call.InternalError.__doc__, "type": "server_error", "param": None, "code": None}
+
+
+def test_what_a_provider_refuses_in_its_own_words_has_openais_code() -> None:
+    def shown(failure: ProviderFailure) -> tuple[int, str | None]:
+        look = errors.shown(failure_error(failure))
+        return look.status, look.code
+
+    assert shown(ProviderFailure("context_length", 400, "too long")) == (400, "context_length_exceeded")
+    assert shown(ProviderFailure("content_policy", 400, "blocked")) == (400, "content_policy_violation")
+    assert shown(ProviderFailure("content_policy", 400, "blocked", code="content_filter")) == (400, "content_filter")
+    assert shown(ProviderFailure("caller", 400, "wrong")) == (400, None)

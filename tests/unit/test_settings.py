@@ -45,7 +45,7 @@ BAD = [
     ("[redis]\nreplicas = 1\ncall_ms = 250", "redis.call_ms", "500 or more"),
     ("[bounds]\nbodies_bytes_max = 1000000", "bounds.bodies_bytes_max", "smaller than bounds.body_bytes_max"),
     ("[metering]\nfence_margin_ms = 15000", "metering.fence_margin_ms", "smaller than"),
-    ('[providers.x]\nkind = "nope"\nbase_url = "https://x"', "providers[...].kind", "nope"),
+    ('[providers.x]\nkind = "nope"\nbase_url = "https://x"', "providers.x.kind", "nope"),
     ('[providers.x]\nkind = "openai"\nbase_url = "ftp://x"', "providers.x.base_url", "http"),
     ('[providers.x]\nkind = "openai"\nbase_url = "http://example.com/v1"', "providers.x.base_url", "insecure = true"),
     ('[routes.a]\ncandidates = [{ provider = "nobody", model = "m" }]', "routes.a.candidates", "[providers.nobody]"),

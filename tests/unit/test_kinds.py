@@ -1,0 +1,179 @@
+"""Kinds of providers: every row can be used, what a table says wins over its row, and mistakes name the key."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+from genai_prices import data_snapshot
+
+from config.catalog import compile_catalog
+from config.kinds import KINDS, key_style
+from config.settings import Candidate, ConfigError, Price, Provider, Route, Secrets, Settings, load, read_secrets
+from providers.registry import CODECS, wire
+from proxy.candidates import build_routes
+
+ROOT = Path(__file__).resolve().parents[2]
+NEEDED: dict[str, dict[str, object]] = {
+    "azure": {"base_url": "https://r.openai.azure.com"},
+    "generic": {"base_url": "https://llm.example.com/v1"},
+    "vertex": {"options": {"region": "europe-west4", "project": "my-project"}},
+    "bedrock": {"options": {"region": "eu-central-1"}},
+}
+"""What a row cannot know."""
+
+
+def made(kind: str, **more: object) -> Provider:
+    return msgspec.convert({"kind": kind, **NEEDED.get(kind, {}), **more}, Provider)
+
+
+def parsed(tmp_path: Path, text: str) -> Settings:
+    path = tmp_path / "tollgate.toml"
+    path.write_text(f"[providers.x]\n{text}\n")
+    return load(path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_makes_a_route_whose_codec_can_be_asked(kind: str) -> None:
+    provider = made(kind)
+    settings = Settings(
+        providers={"x": provider},
+        routes={"r": Route(candidates=(Candidate(provider="x", model="m"),))},
+        prices={"r": Price(input="1", output="1")},
+    )
+    routes = build_routes(settings, Secrets(None, None, None, {"x": "key"}), compile_catalog(settings), {})
+    (candidate,) = routes["r"].candidates
+    assert candidate.upstream.kind == kind
+    assert (candidate.wire, candidate.upstream.drop) == (wire(KINDS[kind].codec), frozenset(KINDS[kind].drop))
+    assert f"{candidate.origin.scheme}://{candidate.origin.authority.decode()}" in provider.base_url
+
+
+def test_every_kinds_codec_and_price_list_exist() -> None:
+    assert {kind.codec for kind in KINDS.values()} == CODECS
+    listed = {provider.id for provider in data_snapshot.get_snapshot().providers}
+    assert {kind.prices for kind in KINDS.values()} - {None} <= listed
+
+
+def test_a_codec_is_loaded_only_where_it_is_needed() -> None:
+    code = "import sys; from providers.registry import wire; wire('openai'); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = done.stdout.split()
+    assert "providers.openai" in loaded
+    assert not {"providers.anthropic", "providers.gemini", "providers.bedrock", "providers.chat_request"} & set(loaded)
+
+
+def test_the_kinds_page_names_every_kind() -> None:
+    page = (ROOT / "docs" / "providers.md").read_text()
+    rows = [line.split("|")[1].strip(" `") for line in page.splitlines() if line.startswith("| `")]
+    assert [row for row in rows if row in KINDS] == list(KINDS)
+
+
+def test_a_known_provider_needs_its_kind_only() -> None:
+    provider = made("groq")
+    assert provider.base_url == "https://api.groq.com/openai/v1"
+    assert (provider.api_key_env, provider.price_provider) == ("GROQ_API_KEY", "groq")
+    assert (provider.include_usage, provider.clean_eof, provider.limit_field) == (True, False, None)
+
+
+def test_what_the_table_says_wins_over_the_row() -> None:
+    provider = made(
+        "mistral",
+        base_url="https://other.example.com/v1",
+        include_usage=True,
+        clean_eof=True,
+        limit_field="max_completion_tokens",
+        price_provider="openai",
+        drop_unsupported=["user"],
+    )
+    assert (provider.include_usage, provider.clean_eof) == (True, True)
+    assert (provider.limit_field, provider.price_provider) == ("max_completion_tokens", "openai")
+    assert provider.drop_unsupported == ("user",)
+    assert msgspec.structs.replace(provider) == provider
+
+
+def test_a_kinds_key_goes_to_its_own_address_only() -> None:
+    assert made("openai").api_key_env == "OPENAI_API_KEY"
+    assert made("openai", base_url="https://other.example.com/v1").api_key_env is None
+    assert made("openai", base_url="https://other.example.com/v1", api_key_env="MINE").api_key_env == "MINE"
+    assert made("azure").api_key_env == "AZURE_OPENAI_API_KEY"  # has no address but its customers'
+
+
+def test_no_key_can_be_said() -> None:
+    settings = Settings(providers={"x": made("groq", api_key_env="")})
+    assert read_secrets(settings, {}).provider_keys == {}
+    with pytest.raises(ConfigError, match="GROQ_API_KEY"):
+        read_secrets(Settings(providers={"x": made("groq")}), {})
+
+
+ADDRESSES = [
+    ("azure", {"base_url": "https://r.openai.azure.com/"}, "https://r.openai.azure.com/openai/v1"),
+    (
+        "azure",
+        {"base_url": "https://r.openai.azure.com", "options": {"api_version": "2024-10-21"}},
+        "https://r.openai.azure.com/openai",
+    ),
+    (
+        "azure",
+        {"base_url": "https://r.openai.azure.com", "options": {"api_version": "preview"}},
+        "https://r.openai.azure.com/openai/v1",
+    ),
+    (
+        "vertex",
+        {"options": {"region": "europe-west4", "project": "p-1"}},
+        "https://europe-west4-aiplatform.googleapis.com/v1/projects/p-1/locations/europe-west4/publishers/google",
+    ),
+    (
+        "vertex",
+        {"options": {"region": "global", "project": "p-1"}},
+        "https://aiplatform.googleapis.com/v1/projects/p-1/locations/global/publishers/google",
+    ),
+    ("bedrock", {"options": {"region": "eu-central-1"}}, "https://bedrock-runtime.eu-central-1.amazonaws.com"),
+]
+
+
+@pytest.mark.parametrize(("kind", "table", "address"), ADDRESSES)
+def test_addresses_that_options_make(kind: str, table: dict[str, object], address: str) -> None:
+    assert made(kind, **table).base_url == address
+
+
+def test_azures_key_may_be_a_token() -> None:
+    assert key_style(made("azure")) == "api-key"
+    assert key_style(made("azure", options={"auth": "bearer"})) == "bearer"
+    assert key_style(made("openai")) == "bearer"
+
+
+BAD = [
+    ('kind = "claude"', "providers.x.kind", "anthropic, azure, bedrock"),
+    ('kind = "generic"', "providers.x.base_url", "no address of its own"),
+    ('kind = "azure"', "providers.x.base_url", "no address of its own"),
+    ('kind = "bedrock"', "providers.x.options.region", "base_url"),
+    ('kind = "vertex"\noptions = { region = "global" }', "providers.x.options.project", "needs it"),
+    ('kind = "openai"\noptions = { region = "a" }', "providers.x.options.region", "It has none"),
+    ('kind = "bedrock"\noptions = { project = "a" }', "providers.x.options.project", "It knows region"),
+    ('kind = "bedrock"\noptions = { region = "a.example.com/" }', "providers.x.options.region", "characters"),
+    ('kind = "bedrock"\noptions = { region = "a.example.com" }', "providers.x.options.region", "characters"),
+    ('kind = "bedrock"\noptions = { region = 7 }', "providers[...].options", "expected"),
+    ('kind = "azure"\nbase_url = "https://r/openai"', "providers.x.options.api_version", "end in /v1"),
+    ('kind = "azure"\nbase_url = "https://r"\noptions = { auth = "basic" }', "providers.x.options.auth", "bearer"),
+    ('kind = "openai"\ndrop_unsupported = ["model"]', "providers.x.drop_unsupported", "'model' is needed"),
+    ('kind = "ollama"\ndrop_unsupported = ["max_tokens"]', "providers.x.drop_unsupported", "'max_tokens' is needed"),
+    ('kind = "groq"\ndrop_unsupported = ["max_completion_tokens"]', "providers.x.drop_unsupported", "is needed"),
+    ('kind = "anthropic"\n[embedded]\nsimulate = "x"', "embedded.simulate", "OpenAI's wire"),
+]
+
+
+@pytest.mark.parametrize(("text", "key", "hint"), BAD)
+def test_mistakes_name_the_key_and_the_fix(tmp_path: Path, text: str, key: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parsed(tmp_path, text)
+    assert key in str(caught.value)
+    assert hint in str(caught.value)
+
+
+def test_a_server_of_ones_own_has_no_list_of_prices(tmp_path: Path) -> None:
+    settings = parsed(tmp_path, 'kind = "ollama"\n[routes.r]\ncandidates = [{ provider = "x", model = "m" }]')
+    with pytest.raises(ConfigError, match="no list of prices for the kind 'ollama'"):
+        compile_catalog(settings)

@@ -15,9 +15,10 @@ from typing import Literal
 
 import msgspec
 
-from config import kinds, proxy_url
+from config import kinds, proxy_url, response_cache
 from config.kinds import is_loopback as is_loopback  # the address of a gateway is asked the same
 from config.proxy_url import ProxyAddress
+from config.response_cache import ResponseCache
 
 SHIPPED = Path(__file__).with_name("tollgate.toml")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}")
@@ -74,6 +75,10 @@ class Bounds(_Table, frozen=True):
     max_output_tokens_default: int = 16_384
     prompt_inline_bytes: int = 8 * 1024
     prompt_exact_bytes_max: int = 1024 * 1024
+    cache_total_bytes_max: int = 64 * 1024 * 1024
+    cache_held_bytes_max: int = 64 * 1024 * 1024
+    cache_waiting_max: int = 1_000
+    cache_claim_ms: int = 5_000
 
 
 class Metering(_Table, frozen=True):
@@ -149,6 +154,7 @@ class Route(_Table, frozen=True):
     rename_model: bool = False
     hidden_reasoning: bool = False
     max_output_tokens: int | None = None
+    cache: ResponseCache | None = None
 
 
 class PriceTier(_Table, frozen=True):
@@ -285,6 +291,7 @@ def _check(settings: Settings, path: Path) -> None:
             raise ConfigError(f"{path}: routes.{name}: a route's name is 1-128 of letters, digits and ._:/@+-")
         if not route.candidates:
             raise ConfigError(f"{path}: routes.{name}.candidates: name at least one {{ provider, model }}.")
+        _check_cache(name, route, path)
         for candidate in route.candidates:
             if candidate.provider not in settings.providers:
                 raise ConfigError(
@@ -298,6 +305,14 @@ def _check(settings: Settings, path: Path) -> None:
         raise ConfigError(f"{path}: embedded.simulate: provider '{simulate}' has no [providers.{simulate}] table.")
     if simulate is not None and kinds.speaks(settings.providers[simulate].kind) != OPENAI:
         raise ConfigError(f"{path}: embedded.simulate: the simulated provider has OpenAI's wire; '{simulate}' has not.")
+
+
+def _check_cache(name: str, route: Route, path: Path) -> None:
+    if route.cache is not None:
+        try:
+            response_cache.check(route.cache)
+        except ValueError as error:
+            raise ConfigError(f"{path}: routes.{name}.cache.{error}") from None
 
 
 def _check_provider(name: str, provider: Provider, path: Path) -> None:

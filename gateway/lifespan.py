@@ -31,12 +31,15 @@ from proxy.candidates import Route, build_routes
 from proxy.httpx_upstreams import open_pools
 from proxy.live_sessions import LiveSessions
 from proxy.relay import StreamRelay
+from proxy.response_cache import ResponseCache, cached_routes
+from proxy.response_cache_relay import CachedRelay
 from proxy.routes import DataPlane
 from proxy.settlement import Settler
 from proxy.transport import Transport, TransportLimits
 from proxy.upstream import Upstreams
 from proxy.whole_relay import WholeRelay
-from storage.redis_open import open_redis
+from storage.redis_open import Redis, open_redis
+from storage.response_store import ResponseStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +92,7 @@ async def open_worker(run: Run, settings: Settings, secrets: Secrets, pepper: by
         keeper = Keeper(redis, run.database_url, settler.receipts, live.holds, owner)
         keeper.start()
         stack.push_async_callback(keeper.aclose)
-        plane = _plane(settings, routes, catalog.version, (ledger, live, keys, transport), (settler, owner))
+        plane = _plane(settings, routes, catalog.version, (ledger, live, keys, transport), (settler, owner), redis)
         stack.push_async_callback(plane.aclose)
         health = Health(redis, run.database_url, live, outbox)
         health.old_server = (await inspect(redis)).old
@@ -104,6 +107,7 @@ def _plane(
     price_version: str,
     parts: tuple[RedisLedger, LiveSessions, KeyStore, Transport],
     settling: tuple[Settler, str],
+    redis: Redis,
 ) -> DataPlane:
     ledger, live, keys, transport = parts
     bounds, metering = settings.bounds, settings.metering
@@ -111,9 +115,15 @@ def _plane(
     upstreams = Upstreams(transport, bounds, live.confirm)
     settler, owner = settling
     stream_relay = StreamRelay(upstreams, live, settler, bounds, errors.sse_payload)
-    relays = stream_relay, WholeRelay(upstreams, settler, bounds), settler
+    whole_relay = WholeRelay(upstreams, settler, bounds)
     admission = Admission(ledger, live, routes, price_version, owner, (metering, bounds))
-    return DataPlane(keys, admission, live, relays, routes, bounds)
+    plane = DataPlane(keys, admission, live, (stream_relay, whole_relay, settler), routes, bounds)
+    cached = cached_routes(settings, routes, price_version)
+    if cached:
+        store = ResponseStore(redis, bounds.cache_total_bytes_max)
+        relays = stream_relay, whole_relay, CachedRelay(settler)
+        plane.cache = ResponseCache(store, live, admission.threads, cached, bounds, relays)
+    return plane
 
 
 def _limits(bounds: Bounds) -> TransportLimits:

@@ -47,7 +47,7 @@ from proxy.errors import (
 )
 from proxy.idempotency import repeat_error
 from proxy.ids import session_id
-from proxy.live_session import LiveSession
+from proxy.live_session import Cached, LiveSession
 from proxy.live_sessions import LiveSessions
 from proxy.request import ChatRequest
 from proxy.threads import Threads
@@ -159,6 +159,26 @@ class Admission:
         call = PreparedCall(request, route, prompt.tokens, prompt.kind, limit)
         self._live.add(session)
         return session, call
+
+    async def admit_cached(
+        self, caller: Caller, request: ChatRequest, request_id: str, cached: Cached
+    ) -> tuple[LiveSession, PreparedCall]:
+        """Hold what a kept answer costs, all of it. Raises CallError; then nothing is held."""
+        self._live.admit()
+        route, tokens, micros = self.route(request.model), cached.usage.prompt, cached.micros
+        size = _Size(micros, micros, micros, 0, 0)
+        asked_ms = self._clock.boot_ms()
+        hold = self._hold(caller, request, route, PromptEstimate(tokens, "counted", tokens), size, request_id)
+        hold = msgspec.structs.replace(hold, prompt_cost=0)  # a sweep charges nothing: nothing was given yet
+        reply = await self._ask(hold)
+        held = reply if isinstance(reply, Held) else await self._not_held(hold, reply)
+        session = self._session(hold, held, request, route, size, asked_ms, request_id)
+        session.cached = cached
+        session.idempotency = caller.idempotency
+        self._live.add(session)
+        return session, PreparedCall(
+            request=request, route=route, prompt_tokens=tokens, prompt_kind="counted", output_limit=None
+        )
 
     async def _estimate_beside(self, caller: Caller, route: Route, request: ChatRequest) -> PromptEstimate:
         """A long prompt would stall every other stream of this worker for the milliseconds it takes."""

@@ -15,6 +15,7 @@ import msgspec
 from config.price import CompiledPrice
 from metering.ledger import Gone, SessionRef, Settled
 from metering.meter import Meter
+from metering.pricing import TokenUsage
 from proxy.client_stream import ClientStream
 from proxy.session import ALLOWED, Ending, Phase, may_move
 from proxy.transport import Exchange
@@ -68,6 +69,13 @@ class Attempt(msgspec.Struct):
         }
 
 
+class Cached(msgspec.Struct, frozen=True):
+    """What a session comes to whose answer was kept from an earlier one: that one's tokens, and micros by policy."""
+
+    usage: TokenUsage
+    micros: int
+
+
 class LiveSession(msgspec.Struct, eq=False):
     """Amounts in micros; `fence_ms` on the boot clock; other times monotonic seconds."""
 
@@ -117,6 +125,7 @@ class LiveSession(msgspec.Struct, eq=False):
     settled: Settled | Gone | None = None
     """The ledger's answer to the settlement, once there is one."""
     idempotency: str = ""
+    cached: Cached | None = None
     clock: Clock = CLOCK
 
     @property

@@ -105,7 +105,8 @@ class LiveSessions:
         )
 
     def admission_begins(self) -> None:
-        """A call is being admitted: a drain waits for it too, since it may hold credit any moment."""
+        """A call is being admitted: a drain waits for it too, since it may hold credit any moment. Or one whose session
+        is settled is still being given what was kept for it."""
         self._admitting += 1
 
     def admission_ended(self) -> None:

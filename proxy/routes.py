@@ -28,9 +28,10 @@ from proxy.live_session import LiveSession
 from proxy.live_sessions import LiveSessions
 from proxy.relay import StreamRelay
 from proxy.request import ChatRequest, read_chat
+from proxy.response_cache import ResponseCache, Turn
 from proxy.session import Ending
 from proxy.settlement import Bill, Settler
-from proxy.upstream import SessionEnded
+from proxy.upstream import PreparedCall, SessionEnded
 from proxy.whole_relay import WholeAnswer, WholeRelay
 
 Scope = Mapping[str, Any]
@@ -59,6 +60,8 @@ class DataPlane:
         self._live = live
         self._stream_relay, self._whole_relay, self._settler = relays
         self._bounds = bounds
+        self.cache: ResponseCache | None = None
+        """Where some route keeps its answers."""
         self._started = int(time.time())
         self._models = {name: self._model(name, route) for name, route in routes.items()}
 
@@ -70,6 +73,7 @@ class DataPlane:
         share = BodyShare(self._live.bodies)
         state = scope["state"]
         connection: ClientConnection = state["connection"]
+        turn: Turn | None = None
         try:
             request_key = state["request_id"] = request_id()
             authorization, idempotency_keys, announced = _head(scope)
@@ -78,20 +82,28 @@ class DataPlane:
             idempotency = read_key(idempotency_keys)
             request = await self._read(await self._body(announced, connection, receive, share))
             state["route"] = request.model if request.model in self._models else None
+            caller = _caller(principal, idempotency)
+            if self.cache is not None:
+                turn = await self.cache.turn(scope["headers"], request, principal.account_id)
             self._live.admission_begins()
             try:
-                session, call = await self._admission.admit(_caller(principal, idempotency), request, request_key)
+                if turn is None:
+                    session, call = await self._admission.admit(caller, request, request_key)
+                else:
+                    session, call = await self._admit(turn, connection, caller, request, request_key)
             finally:
                 self._live.admission_ended()
             self._bind(session, connection, began)
             state["session"] = session.ref.session
             bill: Bill | None = None
             try:
-                if request.stream:
+                if request.stream and turn is not None:
+                    bill = await turn.stream(session, call, send, connection)
+                elif request.stream:
                     client = ClientStream(send, connection, lambda: stream_headers(session))
                     bill = await self._stream_relay.run(session, call, client)
                 else:
-                    answer = await self._whole_relay.run(session, call)
+                    answer = await (self._whole_relay.run if turn is None else turn.whole)(session, call)
                     bill = answer.bill
                     headers = _whole_headers(session, answer)
                     if not connection.respond(200, headers, answer.body):
@@ -104,10 +116,25 @@ class DataPlane:
                 session.abort_client = None  # the connection may carry another request next
                 session.client = session.task = None
                 self._settler.abandoned(session, call)
-            _log(state, session, bill, began, answered=connection.response_started)
+            cached = None if turn is None else turn.result
+            _log(state, session, bill, (began, cached), answered=connection.response_started)
         finally:
+            if turn is not None:
+                turn.close()
             share.release()
             state.pop("connection", None)  # it knows its scope: a circle that only a collection would free
+
+    async def _admit(
+        self, turn: Turn, connection: ClientConnection, caller: Caller, request: ChatRequest, request_key: str
+    ) -> tuple[LiveSession, PreparedCall]:
+        """Hold what the call's answer costs, once it is known whether it was kept. Raises CallError, ClientGone."""
+        self._live.admit()
+        await turn.begin(connection)
+        if connection.disconnected:
+            raise ClientGone
+        if turn.charge is None:
+            return await self._admission.admit(caller, request, request_key)
+        return await self._admission.admit_cached(caller, request, request_key, turn.charge)
 
     def _bind(self, session: LiveSession, connection: ClientConnection, began: float) -> None:
         """Tie the session and the client's connection together, until the call is over."""
@@ -222,8 +249,16 @@ def _head(scope: Scope) -> tuple[bytes, list[bytes], bytes]:
     return authorization or b"", keys, announced
 
 
-def _log(state: Mapping[str, Any], session: LiveSession, bill: Bill | None, began: float, *, answered: bool) -> None:
-    """The request's one log line."""
+def _log(
+    state: Mapping[str, Any],
+    session: LiveSession,
+    bill: Bill | None,
+    call: tuple[float, str | None],
+    *,
+    answered: bool,
+) -> None:
+    """The request's one log line. `call` is when it began, and what came of it in the response cache."""
+    began, cached = call
     telemetry.count(telemetry.REQUESTS, 1, "200" if answered else "499", "")
     first = session.first_content_at
     if first is not None:
@@ -240,6 +275,7 @@ def _log(state: Mapping[str, Any], session: LiveSession, bill: Bill | None, bega
             "stream": session.stream,
             "provider": last.provider if last else None,
             "attempts": len(session.attempts),
+            "cache": cached,
             "ending": bill.ending if bill else session.ending,
             "prompt": bill.usage.prompt if bill else None,
             "output": bill.usage.output if bill else None,

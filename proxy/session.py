@@ -51,6 +51,7 @@ class Ending(StrEnum):
     """Every way a session ends, as logs, metrics and the journal name it."""
 
     COMPLETED = "completed"
+    CACHED = "cached"
     CREDIT_CUT = "credit_cut"
     CLIENT_GONE = "client_gone"
     CLIENT_STALLED = "client_stalled"
@@ -61,12 +62,14 @@ class Ending(StrEnum):
 
 
 class Charge(Enum):
-    """What is charged: nothing, the prompt alone, our own counts, or the provider's report where it made one."""
+    """What is charged: nothing, the prompt alone, our own counts, the provider's report where it made one, or what a
+    kept answer costs."""
 
     NOTHING = "nothing"
     PROMPT = "prompt"
     COUNTED = "counted"
     REPORTED = "reported"
+    CACHED = "cached"
 
 
 _BEFORE_ANSWER = (Phase.HELD, Phase.SENT)
@@ -79,6 +82,8 @@ CHARGES: dict[tuple[Ending, Phase, bool], tuple[Charge, Outcome]] = {
         for phase in _AFTER
         for stream in (True, False)
     },
+    # A kept answer is settled before it is given, and no provider is asked.
+    **{(Ending.CACHED, Phase.HELD, stream): (Charge.CACHED, "completed") for stream in (True, False)},
     **{(Ending.CREDIT_CUT, phase, True): (Charge.COUNTED, "cut") for phase in _AFTER},
     # An upstream error costs nothing until output was delivered, then what was delivered (never error text).
     **{

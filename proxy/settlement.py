@@ -57,6 +57,8 @@ def bill(session: LiveSession, ending: Ending, prompt_kind: str) -> Bill:
     """Who pays what. Pure over the session's state."""
     charge, outcome = charge_for(ending, session.phase, stream=session.stream)
     meter, price = session.meter, session.price
+    if charge is Charge.CACHED and session.cached is not None:
+        return Bill(session.cached.usage, "cache", session.cached.micros, outcome, None, ending)
     if charge is Charge.PROMPT and not session.request_sent:
         charge, outcome = Charge.NOTHING, "void"  # the attempt was still connecting: the provider saw nothing
     if charge is Charge.NOTHING or meter is None or price is None:
@@ -93,8 +95,9 @@ def _refused(owed: _Owed, error: LedgerError) -> None:
 
 
 def _given(session: LiveSession, due: Bill) -> bool:
-    """Whether the client has what the bill is for. A whole answer whose session was swept is kept back."""
-    return session.stream or session.delivered or due.outcome != "completed"
+    """Whether the client has what the bill is for. A whole answer whose session was swept is held back, and so is a
+    kept one."""
+    return (session.stream and session.cached is None) or session.delivered or due.outcome != "completed"
 
 
 def corrects(session: LiveSession, due: Bill, reply: Gone) -> bool:
@@ -353,5 +356,7 @@ class _Metadata(msgspec.Struct):
 
 
 def _house_cost(session: LiveSession, due: Bill) -> int | None:
-    """Micros the house pays for the answering attempt, where its cost is known."""
+    """Micros the house pays for the answering attempt, where its cost is known; nothing for a kept answer."""
+    if session.cached is not None:
+        return 0
     return None if session.cost is None else cost(session.cost, due.usage)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import time
@@ -19,6 +20,7 @@ import httpx2
 import pytest
 from openai import AsyncOpenAI
 
+from tests.support.cached_calls import PROVIDERS, fresh
 from tests.support.gateway import LATE_S, Gateway, Key, Stores, running, until
 from tests.support.outages import (
     DONE,
@@ -44,6 +46,7 @@ from tests.support.outages import (
     streams,
     terminal_entries,
 )
+from tests.support.raw_client import RawCall, connected_to, post
 
 LEASE_S = 3.0
 MARGIN_S = 1.0
@@ -53,7 +56,8 @@ SLACK_S = 7.0
 UNBILLED_TOKENS = 256
 """The published bound on what a killed gateway gives away per stream."""
 WORKER, LEDGER, PROVIDER = "gateway.worker", "gateway.ledger_process", "loadtests.simulated_provider"
-CONFIG = outage_config(lease_ms=int(LEASE_S * 1000), margin_ms=int(MARGIN_S * 1000))
+CONFIG = outage_config(lease_ms=int(LEASE_S * 1000), margin_ms=int(MARGIN_S * 1000)) + PROVIDERS
+CONFIG = CONFIG.replace("[bounds]\n", "[bounds]\ncache_claim_ms = 1000\n")
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +114,37 @@ async def test_streams_of_a_killed_worker_are_swept_once_for_what_was_last_meter
     async with gateway.stores() as stores:
         assert await leases(stores, key) == []
         assert {await terminal_entries(stores, one.session) for one in made} == {(1, 1)}
+    audited(gateway)
+
+
+async def test_when_the_worker_dies_that_fetches_an_answer_for_many_another_fetches_it(gateway: Gateway) -> None:
+    key = await gateway.key()
+    messages = fresh("[[tokens=300]][[interval_ms=10]]")
+    body = json.dumps({"model": "kept", "messages": messages, "stream": True}).encode()
+    async with contextlib.AsyncExitStack() as stack, gateway.stores() as stores:
+        leader = await stack.enter_async_context(post(gateway, key, body))
+        await leader.head()
+        pid = await owner_pid(stores, key, leader.headers["x-tollgate-session"])
+        elsewhere: list[RawCall] = []
+        for _ in range(100):
+            call = await stack.enter_async_context(post(gateway, key, body))
+            port = call.writer.get_extra_info("sockname")[1]
+            if await until(lambda port=port: connected_to(gateway, port)) != pid:
+                elsewhere.append(call)
+            if len(elsewhere) == 2:
+                break
+        os.kill(pid, signal.SIGKILL)
+        for call in elsewhere:
+            await call.head()
+            assert (await call.rest())[-1].kind == "[DONE]"
+    assert sorted(call.headers["x-tollgate-cache"] for call in elsewhere) == ["hit", "miss"]
+    assert elsewhere[0].text == elsewhere[1].text
+    rows = await gateway.sessions(key, 3)
+    assert sorted((row["outcome"], row["source"]) for row in rows if row["outcome"] != "swept") == [
+        ("completed", "cache"),
+        ("completed", "provider"),
+    ]
+    await gateway.idle(key)
     audited(gateway)
 
 

@@ -24,6 +24,7 @@ from metering.ledger import AccountRef, Granted, GrantRequest, KeyLimits, Sessio
 from metering.redis_ledger import RedisLedger
 from metering.status import Outbox
 from providers.codec import Upstream
+from providers.registry import wire
 from proxy.admission import Admission, Caller
 from proxy.candidates import Candidate, Route
 from proxy.errors import LedgerDown, Overloaded
@@ -60,7 +61,9 @@ DEAD_S = 1.0
 
 def route(price: CompiledPrice, *, hidden: bool = False) -> Route:
     origin = Origin.from_url("http://127.0.0.1:1/v1")
-    candidate = Candidate(Upstream("p", "openai", b"/v1"), origin, "gpt-4o", price, None, "o200k_base", False)
+    candidate = Candidate(
+        Upstream("p", "openai", b"/v1"), wire("openai"), origin, "gpt-4o", price, None, "o200k_base", False
+    )
     return Route("m", (candidate,), 1_000, rename_model=False, hidden_reasoning=hidden)
 
 

@@ -170,10 +170,15 @@ async def post(gateway: Gateway, key: Key, fields: dict[str, Any] | bytes) -> As
 
 def connected_from(gateway: Gateway, port: int) -> bool:
     """Whether a process of this instance still has the connection from that port of this machine."""
+    return connected_to(gateway, port) is not None
+
+
+def connected_to(gateway: Gateway, port: int) -> int | None:
+    """The process of this instance that has the connection from that port of this machine."""
     for each in psutil.net_connections("tcp4"):
         if each.raddr and each.raddr[1] == port and each.laddr and each.laddr[1] == gateway.port:
-            return each.pid is not None
-    return False
+            return each.pid
+    return None
 
 
 class Lateness:

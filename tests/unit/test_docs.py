@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from config import settings
+from config import response_cache, settings
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "configuration.md").read_text()
 TABLES = {
     "server": settings.Server,
     "providers": settings.Provider,
     "routes": settings.Route,
+    "routes.<model>.cache": response_cache.ResponseCache,
     "billing": settings.Billing,
     "bounds": settings.Bounds,
     "metering": settings.Metering,

@@ -68,6 +68,7 @@ def test_an_attempt_is_metered_from_its_answer_on_or_from_its_content_where_anot
 
 VOID = (Charge.NOTHING, "void")
 COMPLETED = (Charge.REPORTED, "completed")
+CACHED = (Charge.CACHED, "completed")
 CUT = (Charge.COUNTED, "cut")
 ABORTED = (Charge.COUNTED, "aborted")
 ERROR = (Charge.COUNTED, "error")
@@ -79,6 +80,8 @@ WHO_PAYS = {
     # (ending, stream): what is charged in the phases held, sent, answered and content; None: it cannot happen there
     (Ending.COMPLETED, True): (None, None, COMPLETED, COMPLETED),
     (Ending.COMPLETED, False): (None, None, COMPLETED, COMPLETED),
+    (Ending.CACHED, True): (CACHED, None, None, None),
+    (Ending.CACHED, False): (CACHED, None, None, None),
     (Ending.CREDIT_CUT, True): (None, None, CUT, CUT),
     (Ending.CREDIT_CUT, False): (None, None, None, None),
     (Ending.UPSTREAM_FAILED, True): (VOID, VOID, VOID, ERROR),

@@ -35,7 +35,7 @@ def test_a_seed_is_the_same_schedule_every_time() -> None:
 
 
 def test_all_endings_are_counted_as_missing_when_none_was_reached() -> None:
-    assert never_reached(Counter()) == sorted(Ending)
+    assert never_reached(Counter()) == sorted(set(Ending) - {Ending.CACHED})
 
 
 @contextmanager

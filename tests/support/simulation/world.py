@@ -21,6 +21,7 @@ from metering.prompt import PromptEstimate, estimate_prompt
 from metering.ranks import encoding
 from metering.redis_ledger import RedisLedger
 from providers.codec import Upstream
+from providers.registry import wire
 from proxy.admission import Admission, Caller, _Size
 from proxy.answer import stream_headers
 from proxy.candidates import Candidate, Route
@@ -45,6 +46,7 @@ from tests.support.simulation.wire import SCRIPTS, Wire
 from tests.support.simulation.witness import Witness
 
 ENCODING = "o200k_base"
+WIRE = wire("openai")
 ACCOUNT = AccountRef("u1", 0)
 CALLER = Caller(ACCOUNT, "k1", KeyLimits())
 METERING = Metering(
@@ -234,7 +236,7 @@ class World:
             audio_input=rates[0], audio_output=rates[1], request=rng.choice((0, 0, 5)),
         )  # fmt: skip
         upstream = Upstream(name, "openai", b"/v1", include_usage=rng.random() < 0.7)
-        return Candidate(upstream, Origin("http", name, 80), "sim", price, None, ENCODING, rng.random() < 0.3)
+        return Candidate(upstream, WIRE, Origin("http", name, 80), "sim", price, None, ENCODING, rng.random() < 0.3)
 
     def start(self, case: Case) -> None:
         """The client's request arrives."""

@@ -120,7 +120,7 @@ KINDS: Mapping[str, Kind] = {
         api_key_env="AWS_BEARER_TOKEN_BEDROCK",
         prices="aws",
         include_usage=False,
-        options={"region": True, "family": False},
+        options={"region": True, "family": False, "thinking": False},
     ),
 }
 

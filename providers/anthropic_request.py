@@ -40,12 +40,11 @@ OUTPUT_MAX = 32_000
 """`max_tokens` where the request has no limit: every Claude model from 4.0 on writes at least so much."""
 BUDGET_MIN = 1_024
 """The least thinking budget that Anthropic takes."""
-NATIVE = frozenset(
-    (
-        *("thinking", "top_k", "cache_control", "output_config", "container", "context_management", "inference_geo"),
-        *("mcp_servers", "speed"),
-    )
-)
+NATIVE = frozenset(("thinking", "top_k", "cache_control", "output_config", "context_management"))
+"""What passes in Anthropic's own form. Not what costs more than tokens at their price: `speed`, `inference_geo`,
+`container`, `mcp_servers`."""
+CLIENT_TOOLS = ("bash_", "text_editor_", "computer_", "memory_")
+"""Types of Anthropic's tools that the client runs. Those that Anthropic runs are billed by the call or the hour."""
 FILES_BETA = "files-api-2025-04-14"
 _TOOL_NATIVE = frozenset(
     ("cache_control", "defer_loading", "eager_input_streaming", "allowed_callers", "input_examples")
@@ -103,8 +102,18 @@ def _sampling(chat: Chat, out: dict[str, Any], drop: frozenset[str]) -> None:
         out["stop_sequences"] = stops
 
 
+def _clients(tool: dict[str, Any], drop: frozenset[str]) -> bool:
+    """Whether the client runs the tool. Raises Unsupported for others, unless they are left out."""
+    kind = str(tool.get("type"))
+    if kind.startswith(CLIENT_TOOLS):
+        return True
+    refuse("tools", drop, f"Tools of type '{kind[:64]}' are billed beside tokens, which this gateway does not offer.")
+    return False
+
+
 def _tools(chat: Chat, out: dict[str, Any], drop: frozenset[str]) -> None:
-    tools = [_tool(tool, at, drop) for at, tool in enumerate(chat.tools)] + chat.native_tools
+    tools = [_tool(tool, at, drop) for at, tool in enumerate(chat.tools)]
+    tools += [tool for tool in chat.native_tools if _clients(tool, drop)]
     if not tools:
         return
     out["tools"] = tools

@@ -64,7 +64,8 @@ class Conversation:
         self.messages: list[Block] = []
         self.uses_tools = False
         self._drop = drop
-        self._documents: set[str] = set()
+        self._documents: dict[str, int] = {}
+        """How often each name was given, in one form or another."""
 
     def add(self, at: int, message: Message) -> None:
         """The message at index `at` of the request. Instructions go to `system` wherever they stand; consecutive
@@ -190,11 +191,11 @@ class Conversation:
     def _document_name(self, stem: str) -> str:
         """In the characters that Converse allows, and no name twice."""
         plain = _NOT_IN_NAMES.sub(" ", stem).strip()[:_NAME_CHARS_MAX].strip() or "Document"
-        name, count = plain, 1
-        while name in self._documents:
-            count += 1
-            name = f"{plain} ({count})"
-        self._documents.add(name)
+        name = plain
+        while name in self._documents:  # twice at most, but for documents that are named like our numbered ones
+            self._documents[plain] += 1
+            name = f"{plain} ({self._documents[plain]})"
+        self._documents[name] = 1
         return name
 
     def _left_out(self, param: str, message: str | None = None) -> Block | None:

@@ -46,6 +46,9 @@ _SUFFIXES = {
 _decode = msgspec.json.Decoder().decode
 
 
+_CODE = ("executableCode", "codeExecutionResult", "thoughtSignature", "thought_signature")
+
+
 class Contents:
     """Takes the messages in order. `signs`: the model wants signatures and ids; `vertex`: the Vertex rules apply."""
 
@@ -97,7 +100,7 @@ class Contents:
             refuse(f"messages[{at}].audio", self._drop)
         google = _google(message.extra)
         others = google.get("parts")
-        before = [part for part in others if isinstance(part, dict)] if isinstance(others, list) else []
+        before = [_of_code(part) for part in others if isinstance(part, dict)] if isinstance(others, list) else []
         signature = _signature(google)
         if signature is not None:
             if not parts or "text" not in parts[-1]:
@@ -106,7 +109,7 @@ class Contents:
         calls = [self._call(use) for use in message.tool_uses]
         if self._signs and calls and not any("thoughtSignature" in call for call in calls):
             calls[0]["thoughtSignature"] = NO_SIGNATURE
-        return [*before, *parts, *_images(message.extra.get("images")), *calls]
+        return [*filter(None, before), *parts, *_images(message.extra.get("images")), *calls]
 
     def _call(self, use: ToolUse) -> dict[str, Any]:
         self._names[use.id] = use.name
@@ -163,6 +166,12 @@ class Contents:
         if media_type is not None or self._vertex:
             told["mimeType"] = media_type or usual
         return {"fileData": told}
+
+
+def _of_code(part: dict[str, Any]) -> dict[str, Any]:
+    """Of a part that came back as it was sent, what the model's own code is. Anything else (an address above all, which
+    Google would read with the operator's rights) goes the way of messages, where it is checked, or nowhere."""
+    return {name: part[name] for name in _CODE if name in part} if part.keys() & set(_CODE[:2]) else {}
 
 
 def _inline(media_type: str, data: str) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def test_options_change_the_headers() -> None:
         ({"service_tier": "auto"}, {}),
         ({"n": 1, "frequency_penalty": 0, "logit_bias": {}, "store": True, "prompt_cache_key": "k"}, {}),
         ({"response_format": {"type": "text"}}, {}),
-        ({"top_k": 5, "speed": "fast"}, {"top_k": 5, "speed": "fast"}),
+        ({"top_k": 5}, {"top_k": 5}),
         ({"cache_control": {"type": "ephemeral"}}, {"cache_control": {"type": "ephemeral"}}),
         ({"thinking": {"type": "adaptive"}}, {"thinking": {"type": "adaptive"}}),
         ({"output_config": {"effort": "low"}}, {"output_config": {"effort": "low"}}),
@@ -111,6 +111,12 @@ def test_members_are_translated(given_: dict[str, Any], native: dict[str, Any]) 
         {"verbosity": "low"},
         {"modalities": ["text", "audio"]},
         {"web_search_options": {}},
+        {"speed": "fast"},
+        {"inference_geo": "us"},
+        {"container": "c"},
+        {"mcp_servers": []},
+        {"tools": [{"type": "web_search_20250305", "name": "web_search"}]},
+        {"tools": [{"type": "code_execution_20250825", "name": "code_execution"}]},
         {"from_tomorrow": 1},
         {"response_format": {"type": "json_object"}},
         {"stop": "\n"},
@@ -217,9 +223,9 @@ NATIVE = {"name": "f", "description": "d", "input_schema": {"type": "object", "p
 
 
 def test_tools_are_translated_and_the_providers_own_pass() -> None:
-    search = {"type": "web_search_20250305", "name": "web_search"}
+    shell = {"type": "bash_20250124", "name": "bash"}
     strict = {"type": "function", "function": {"name": "g", "strict": True}, "cache_control": {"type": "ephemeral"}}
-    out = made(tools=[TOOL, strict, search])
+    out = made(tools=[TOOL, strict, shell])
     assert out["tools"] == [
         NATIVE,
         {
@@ -228,7 +234,7 @@ def test_tools_are_translated_and_the_providers_own_pass() -> None:
             "strict": True,
             "cache_control": {"type": "ephemeral"},
         },
-        search,
+        shell,
     ]
     assert "tool_choice" not in out
     odd = [{**TOOL, "colour": "red"}]

@@ -169,11 +169,12 @@ def test_calls_of_another_model_get_googles_word_for_no_signature() -> None:
 
 
 def test_parts_of_other_kinds_and_images_of_an_answer_go_back() -> None:
+    theirs = {"fileData": {"fileUri": "gs://ours/secret.txt"}, "thoughtSignature": "c2ln"}  # read with our rights
     code = {"executableCode": {"language": "PYTHON", "code": "1"}, "thoughtSignature": "c2ln"}
     message = {
         "role": "assistant",
         "content": "x",
-        "extra_content": {"google": {"parts": [code, 5]}},
+        "extra_content": {"google": {"parts": [code, 5, theirs]}},
         "images": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}, 5, {"image_url": {}}],
     }
     image = {"inlineData": {"mimeType": "image/png", "data": "AA=="}}

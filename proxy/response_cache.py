@@ -17,6 +17,7 @@ from prometheus_client import Counter
 
 from config import response_cache as config
 from config.settings import Bounds, Settings
+from metering.ledger import Settled
 from proxy import telemetry
 from proxy.answer import Headers, stream_headers
 from proxy.candidates import Route
@@ -246,6 +247,8 @@ class Turn:
         usage = marked(last) if last else b""
         if bill.ending is not Ending.COMPLETED or session.limited or usage is None or self._name is None:
             return
+        if not (bill.micros <= session.held if session.settled is None else _paid(session)):
+            return
         tokens = msgspec.structs.replace(bill.usage, cached=bill.usage.prompt, cache_write=0, audio_input=0)
         kept = Kept(payloads, stripped(last), usage, tokens, bill.micros, _now_ms())
         storing = self._cache.keep(self._route, self._name, kept)
@@ -264,6 +267,11 @@ class Turn:
         if flight is not None:
             failed = self._session is not None and self._session.ending is None
             self._cache.flights.over(flight, Told.ALONE if failed else Told.AGAIN)
+
+
+def _paid(session: LiveSession) -> bool:
+    """Whether the account paid for all of it."""
+    return isinstance(session.settled, Settled) and session.settled.absorbed == 0
 
 
 def _now_ms() -> int:

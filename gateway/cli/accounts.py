@@ -21,12 +21,12 @@ def accounts() -> None:
     """Accounts: who pays for sessions."""
 
 
-@accounts.command()
+@accounts.command(short_help="Make an account.")
 @click.argument("name")
 @data_dir_option
 @json_option
 def create(name: str, data_dir: Path | None, as_json: bool) -> None:
-    """Make an account called NAME. Its id is minted.
+    """Make an account called NAME. Its id is made up and shown.
 
     \b
     Example:
@@ -41,7 +41,7 @@ def create(name: str, data_dir: Path | None, as_json: bool) -> None:
         facts(f"Account {made.name}", [("id", made.id), ("shard", made.shard), ("created", made.created_at)])
 
 
-@accounts.command()
+@accounts.command(short_help="Say what an account may do without credit.")
 @click.argument("account")
 @click.argument("policy", type=click.Choice(["cutoff", "grace", "postpaid"]))
 @click.option(
@@ -75,7 +75,7 @@ def policy(account: str, policy: Policy, limit: int | None, data_dir: Path | Non
     )
 
 
-@accounts.command()
+@accounts.command(short_help="Show an account, or list all.")
 @click.argument("account", required=False)
 @data_dir_option
 @json_option

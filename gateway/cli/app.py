@@ -32,7 +32,7 @@ def _show_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
     epilog="Exit codes: 0 done, 1 refused or (audit) differences, 2 wrong usage or configuration, 3 a store cannot be "
     "reached, 70 a defect of Tollgate, 130 interrupted.",
 )
-@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="Show it.")
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="The version.")
 def root() -> None:
     """Tollgate: an LLM gateway that meters every token as it flows.
 

@@ -40,7 +40,7 @@ def credits_() -> None:
     """Credits of accounts: grants and balances."""
 
 
-@credits_.command()
+@credits_.command(short_help="Give credit to an account.")
 @click.argument("account")
 @click.argument("amount", type=CreditsType(), metavar="CREDITS")
 @click.option("--expires", type=_Moment(), help="When what is left of it ends: a day or a time (UTC).")
@@ -85,7 +85,7 @@ def grant(
     _tell("grant", found, issued, amount, as_json)
 
 
-@credits_.command(context_settings={"ignore_unknown_options": True})
+@credits_.command(short_help="Add credit, or take it back.", context_settings={"ignore_unknown_options": True})
 @click.argument("account")
 @click.argument("amount", type=CreditsType(signed=True), metavar="CREDITS")
 @click.option("--partly", is_flag=True, help="Take what there is when it is less (else: all of it or nothing).")
@@ -149,7 +149,7 @@ def _tell(what: str, found: Any, done: Any, amount: int, as_json: bool) -> None:
         note(f"It is {done.state}: {done.reason}.")
 
 
-@credits_.command()
+@credits_.command(short_help="Show a balance and the open grants.")
 @click.argument("account")
 @data_dir_option
 @json_option

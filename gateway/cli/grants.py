@@ -24,7 +24,7 @@ def grants() -> None:
     """Grants: all credit that an account was given."""
 
 
-@grants.command("list")
+@grants.command("list", short_help="List all grants of an account.")
 @click.argument("account")
 @data_dir_option
 @json_option
@@ -85,7 +85,7 @@ def _state(written: Any, state: Any, now: datetime) -> str:
     return "open" if state.available or state.held else "spent"
 
 
-@grants.command()
+@grants.command(short_help="End a grant for ever.")
 @click.argument("grant")
 @click.option("--notes", default="", help="Why it was revoked.")
 @click.option("--id", "revocation_id", help="An id of your own for the revocation.")

@@ -97,7 +97,7 @@ def _state(key: Any, own_fingerprint: str) -> str:
     return "valid" if key.pepper_fingerprint == own_fingerprint else "other secret"
 
 
-@keys.command()
+@keys.command(short_help="Refuse a key from now on.")
 @click.argument("key_id")
 @data_dir_option
 @json_option

@@ -22,7 +22,8 @@ SHARDS_MAX = 127
 @data_dir_option
 @json_option
 def rebuild(shards: tuple[int, ...], yes: bool, data_dir: Path | None, as_json: bool) -> None:
-    """Freeze shards of Redis and make them anew from Postgres, what survived, and the gateways' receipts.
+    """Freeze shards of Redis (all 128 parts, or those named) and make them anew: from Postgres, from what survived, and
+    from the gateways' receipts, which are what they were told of sessions that Postgres has not got yet.
 
     Safe at any time, also while the gateway runs: new calls of these shards get 503 for a moment, running streams go
     on. A running instance does this by itself when Redis has lost something.

@@ -27,13 +27,13 @@ def sessions() -> None:
     """Metered sessions."""
 
 
-@sessions.command("list")
+@sessions.command("list", short_help="List running and finished sessions.")
 @click.option("--account", help="Id or name of one account; all by default.")
 @click.option("--limit", type=click.IntRange(1, 10_000), default=20, show_default=True, help="At most this many.")
 @data_dir_option
 @json_option
 def list_(account: str | None, limit: int, data_dir: Path | None, as_json: bool) -> None:
-    """List sessions, the newest first: those that run now, then finished ones as the journal has them.
+    """List sessions, the newest first: those that run now, then finished ones as Postgres has them.
 
     \b
     Example:

@@ -1,7 +1,8 @@
-"""What lost holds had of revoked grants, after a rebuild: it comes back voided, as it would have when they ended.
+"""What lost holds had, after a rebuild, where it must not just be available: of revoked grants it comes back voided, of
+a debtor's it repays his debt, as when they had ended.
 
 The sessions that held it are not known any more, or took less of it when they were held again. One session for each
-account stands in for them: it holds what is left of the revoked grants and is voided by the ledger's own script, so
+account stands in for them: it holds what is left of such grants and is voided by the ledger's own script, so
 that the journal has an entry for every micro. Must not: run on a shard that is open to others.
 """
 
@@ -25,8 +26,8 @@ METADATA: Final = b'{"ending":"lost_hold"}'
 async def void(
     redis: Redis, ledger: RedisLedger, account: AccountRef, grants: Sequence[str], at: tuple[int, int]
 ) -> int:
-    """Void what these revoked grants of the account have available; micros. `at` is the epoch and the shard's time in
-    ms. Raises LedgerError and RedisError: then the rebuild begins again."""
+    """Return what these grants of the account have available by a void; micros. `at` is the epoch and the shard's time
+    in ms. Raises LedgerError and RedisError: then the rebuild begins again."""
     shard = SHARDS[account.shard]
     names = [f"{gid}:{part}" for gid in grants for part in ("a", "h")]
     found = [int(value or 0) for value in await redis.call("HMGET", shard.grants + account.id, *names)]
@@ -50,6 +51,6 @@ async def void(
     )
     reply = await ledger.void(ref)
     if not isinstance(reply, Settled):
-        raise LedgerError(f"what {account.id} has left of revoked grants was not voided: {reply}")
+        raise LedgerError(f"what {account.id} has left of lost holds was not returned: {reply}")
     await redis.call("UNLINK", shard.limits + KEY)
     return rest

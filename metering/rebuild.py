@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import msgspec
 
-from metering import grants, rebuilt_accounts, receipts, revoked_rests, salvage
+from metering import grants, lost_holds, rebuilt_accounts, receipts, salvage
 from metering.journal import Flusher
 from metering.keys import SHARDS
 from metering.ledger import AccountRef, LedgerError, LedgerUnavailable, SessionRef
@@ -47,7 +47,7 @@ class Rebuilt:
     failed: int = 0
     """Receipts that the ledger refused: their sessions are named in the log and stay in the table."""
     voided: int = 0
-    """Micros of revoked grants that lost holds had."""
+    """Micros that lost holds had of revoked grants, or of grants of an account in debt."""
     seconds: float = 0.0
 
 
@@ -98,12 +98,12 @@ class Rebuilder:
             self._on_step("wipe")
             await self._wipe(keys)
             self._on_step("write")
-            done.accounts, revoked = await self._write(connection, epochs)
+            done.accounts, returned = await self._write(connection, epochs)
             self._on_step("grants")
             await self._apply_grants(epochs)
             await self._apply(connection, done, epochs)
         self._on_step("void")
-        await self._void(done, revoked, epochs)
+        await self._void(done, returned, epochs)
         self._on_step("open")
         await self._all(("HDEL", SHARDS[shard].meta, "fz") for shard in done.shards)
         done.seconds = time.monotonic() - began
@@ -199,12 +199,12 @@ class Rebuilder:
         self, connection: Connection, epochs: dict[int, int]
     ) -> tuple[int, list[tuple[AccountRef, list[str]]]]:
         """Accounts with their grants, then the new epoch, not open yet (`fz`). How many accounts there are, and which
-        revoked grants have something left."""
-        count, revoked, commands = 0, list[tuple[AccountRef, list[str]]](), list[rebuilt_accounts.Command]()
+        grants have something left that goes back through a void."""
+        count, returned, commands = 0, list[tuple[AccountRef, list[str]]](), list[rebuilt_accounts.Command]()
         async for made in rebuilt_accounts.accounts(connection, epochs):
             count += 1
             commands += made.commands
-            revoked += [(made.account, made.revoked)] if made.revoked else []
+            returned += [(made.account, made.returned)] if made.returned else []
             if len(commands) >= BATCH:
                 await self._all(commands)
                 commands.clear()
@@ -215,19 +215,20 @@ class Rebuilder:
             await self._redis.call("HSET", meta, "ep", epoch, "n", 0, "clk", now, "fz", 1, "op", now)
             await self._redis.call("HDEL", meta, "was")
             self._ledger.adopt(shard, epoch)
-        return count, revoked
+        return count, returned
 
     async def _void(
-        self, done: Rebuilt, revoked: Sequence[tuple[AccountRef, list[str]]], epochs: dict[int, int]
+        self, done: Rebuilt, returned: Sequence[tuple[AccountRef, list[str]]], epochs: dict[int, int]
     ) -> None:
-        """What is left of revoked grants once the holds that are known took theirs."""
-        for at in range(0, len(revoked), BATCH):
-            voids = (self._void_one(account, gids, epochs[account.shard]) for account, gids in revoked[at : at + BATCH])
+        """What is left of them once the holds that are known took theirs."""
+        for at in range(0, len(returned), BATCH):
+            batch = returned[at : at + BATCH]
+            voids = (self._void_one(account, gids, epochs[account.shard]) for account, gids in batch)
             done.voided += sum(await asyncio.gather(*voids))
 
     async def _void_one(self, account: AccountRef, gids: list[str], epoch: int) -> int:
         now = await self._now(SHARDS[account.shard].meta)
-        return await revoked_rests.void(self._redis, self._ledger, account, gids, (epoch, now))
+        return await lost_holds.void(self._redis, self._ledger, account, gids, (epoch, now))
 
     async def _now(self, meta: str) -> int:
         """The shard's time, which never goes back."""

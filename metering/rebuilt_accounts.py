@@ -2,7 +2,8 @@
 
 The figures are those of the audit's own projection (a test compares them), asked for many accounts at once. What a
 revoked grant has left was held when Redis was lost: it is written as available, so that holds which are made again find
-it, and named in `revoked`, so that the rest is voided afterwards. What an expired grant has left is the expirer's.
+it, and named in `returned`, so that the rest is voided afterwards. So are a debtor's grants: what a void returns repays
+debt. What an expired grant has left is the expirer's.
 Must not: write anything itself, or guess at a figure.
 """
 
@@ -57,11 +58,11 @@ _ADJUSTED = """
 
 @dataclass(slots=True)
 class Rebuilding:
-    """One account: the commands that write it, and its revoked grants that have something left."""
+    """One account: the commands that write it, and the grants whose rest goes back through a void."""
 
     account: AccountRef
     commands: list[Command] = field(default_factory=list)
-    revoked: list[str] = field(default_factory=list)
+    returned: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -130,7 +131,7 @@ def _rebuilding(row: Any, rows: _Rows) -> Rebuilding:
         fields |= _grant_fields(gid, own, rows.taken.get(gid), left)
         if left and own is not None:
             made.commands += _listings(uid, number, own)
-            made.revoked += [gid] if gid in rows.revoked else []
+            made.returned += [gid] if debt or gid in rows.revoked else []
     fields |= _changes(rows)
     if fields:
         made.commands.append(("HSET", SHARDS[number].grants + uid, *_words(fields)))

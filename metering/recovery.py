@@ -225,7 +225,7 @@ class Recovery:
         self._on_rebuilt(done)
         log.warning(
             "recovery: %s rebuilt in %.2f s: %d accounts, %d sessions settled and %d held again, %d refused, "
-            "%d micros of revoked grants voided",
+            "%d micros of lost holds returned",
             _named(done.shards), done.seconds, done.accounts, done.settled, done.held, done.failed, done.voided,
         )  # fmt: skip
         return done

@@ -19,8 +19,8 @@ from metering.journal_fields import month_of
 from metering.journal_rows import OUTCOMES, entry_id, pairs
 from metering.keys import SHARDS
 from metering.ledger import AccountRef, Outcome
+from metering.lost_holds import KEY
 from metering.receipts import HELD, SETTLED, Receipt
-from metering.revoked_rests import KEY
 from storage.database import Connection
 
 log = logging.getLogger(__name__)

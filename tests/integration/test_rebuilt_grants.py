@@ -14,9 +14,9 @@ from metering.grant_changes import NewAdjustment, NewRevocation, adjust, revoke
 from metering.grants import NewGrant, issue
 from metering.keys import SHARDS
 from metering.ledger import AccountRef, GrantState
+from metering.lost_holds import KEY
 from metering.rebuild import Rebuilt
 from metering.recovery import Recovery
-from metering.revoked_rests import KEY
 from tests.support.recovering import Teller, agree, teller, verified
 from tests.support.stack import Stack, eventually
 
@@ -178,3 +178,19 @@ async def test_changes_that_were_applied_are_known_again_and_not_repeated(stack:
         ]
         assert (await stack.ledger.balance(owners[0])).available == 70
         await agree(stack, gateway.told)
+
+
+async def test_what_lost_holds_had_of_a_debtors_grants_repays_the_debt(stack: Stack) -> None:
+    recovery = await verified(stack)
+    async with teller(stack) as gateway:
+        account = await stack.account("alice")
+        await issue(stack.pool, stack.ledger, NewGrant("g1", "alice", 100, 10))
+        await policies.change(stack.pool, stack.ledger, "alice", "postpaid", 50)
+        lost = await gateway.hold(account, 100)  # all of the grant; its gateway dies with Redis
+        del gateway.live[lost.ref.session]
+        await gateway.settle(await gateway.hold(account, 50), 50)  # on the line
+        await rebuilt(stack, gateway, recovery)
+        now = await stack.ledger.balance(account)
+        assert (now.available, now.debt) == (50, 0)
+        await agree(stack, gateway.told)
+        await gateway.settle(await gateway.hold(account, 1), 1)

@@ -5,7 +5,8 @@ Sources: ai.google.dev/api/generate-content, .../gemini-api/docs/{thinking,thoug
 file-input-methods}, googleapis/python-genai (types), the Vertex reference "Generate content with the Gemini API".
 
 Members that only pass: `top_k`, `safety_settings`, and in `google` (the name that Google's own OpenAI-compatible
-endpoint gives its extras) `thinking_config`, `safety_settings`, `cached_content` and `labels`, all as Google has them.
+endpoint gives its extras) `thinking_config`, `safety_settings` and `labels`, all as Google has them. Not what adds
+tokens to the prompt that no hold has seen: `cached_content`, the tool `url_context`.
 Left out because they are hints: `user`, OpenAI's bookkeeping, an image's `detail`, `cache_control`, a function's
 `strict`, and thinking as text in earlier answers (Google takes signatures, not texts).
 """
@@ -29,9 +30,9 @@ from providers.chat_request import (
 from providers.gemini_contents import Contents
 
 PASSES = frozenset(("top_k", "safety_settings", "google"))
-_EXTRAS = frozenset(("thinkingConfig", "safetySettings", "cachedContent", "labels"))
+_EXTRAS = frozenset(("thinkingConfig", "safetySettings", "labels"))
 _THINKING = frozenset(("thinkingBudget", "thinkingLevel", "includeThoughts"))
-_NATIVE_TOOLS = frozenset(("codeExecution", "urlContext"))
+_NATIVE_TOOLS = frozenset(("codeExecution",))
 """Google's own tools that cost nothing but tokens. The others (search, maps, retrieval) are billed by the query, which
 nobody meters here."""
 _MODES = {"auto": "AUTO", "none": "NONE", "required": "ANY"}
@@ -194,7 +195,7 @@ def _native_tool(tool: dict[str, Any], drop: frozenset[str]) -> dict[str, Any] |
     camel = _camel(given, "tools")
     if camel and camel.keys() <= _NATIVE_TOOLS:
         return camel
-    refuse("tools", drop, "Of the provider's own tools only 'code_execution' and 'url_context' can be used here.")
+    refuse("tools", drop, "Of the provider's own tools only 'code_execution' can be used here.")
     return None
 
 

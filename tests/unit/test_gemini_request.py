@@ -162,10 +162,10 @@ def test_a_models_name_says_its_generation(model: str, generation: tuple[int, in
 @pytest.mark.parametrize("spelling", ["thinking_config", "thinkingConfig"])
 def test_googles_own_extras_pass_in_either_spelling(spelling: str) -> None:
     safety = [{"category": "HARM_CATEGORY_HARASSMENT", "threshold": "BLOCK_NONE"}]
-    google = {spelling: {"thinking_budget": 5, "includeThoughts": True}, "cached_content": "cachedContents/x"}
+    google = {spelling: {"thinking_budget": 5, "includeThoughts": True}}
     told = native({"google": google, "safety_settings": safety})
     assert told["generationConfig"] == {"thinkingConfig": {"thinkingBudget": 5, "includeThoughts": True}}
-    assert (told["cachedContent"], told["safetySettings"]) == ("cachedContents/x", safety)
+    assert told["safetySettings"] == safety
     assert native({"google": {"safety_settings": safety, "labels": {"a": "b"}}})["labels"] == {"a": "b"}
 
 
@@ -251,3 +251,16 @@ def test_tool_choice_is_a_calling_mode(choice: Any, expected: dict[str, Any]) ->
 def test_googles_own_tools_that_cost_only_tokens_pass(tool: dict[str, Any]) -> None:
     assert native({"tools": [tool]})["tools"] == [{"codeExecution": {}}]
     assert len(native({"tools": [TOOL, tool]})["tools"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"google": {"cached_content": "cachedContents/x"}}, "google.cached_content"),
+        ({"tools": [{"url_context": {}}]}, "tools"),
+    ],
+)
+def test_what_adds_to_the_prompt_unseen_is_refused(body: dict[str, Any], param: str) -> None:
+    with pytest.raises(Unsupported) as refused:
+        native(body)
+    assert refused.value.param == param

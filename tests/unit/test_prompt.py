@@ -14,13 +14,13 @@ from metering.prompt import (
     FILE_TOKENS_MAX,
     FILE_TOKENS_UNKNOWN,
     IMAGE_TOKENS_ORIGINAL,
+    VIDEO_TOKENS_MAX,
     PromptEstimate,
     estimate_prompt,
-    prompt_bytes,
-    render_tools,
 )
 from metering.ranks import encoding
 from metering.token_counter import count_text
+from metering.tool_text import prompt_bytes, render_tools
 
 O200K = encoding("o200k_base")
 WEATHER = {
@@ -289,6 +289,22 @@ def sized(messages: object = HI, **fields: Any) -> PromptEstimate:
 def test_a_hold_covers_text_wherever_it_may_enter_the_prompt(fields: dict[str, Any]) -> None:
     estimate = sized(**fields)
     assert estimate.hold >= n(LONG)
+    assert estimate.kind == "estimated"
+
+
+@pytest.mark.parametrize(
+    ("part", "most"),
+    [
+        ({"type": "file", "file": {"file_data": "https://a.example/x.pdf"}}, FILE_TOKENS_MAX),
+        ({"type": "file", "file": {"file_url": "HTTPS://a.example/x.pdf"}}, FILE_TOKENS_MAX),
+        ({"type": "video_url", "video_url": {"url": "https://a.example/x.mp4"}}, VIDEO_TOKENS_MAX),
+        ({"type": "video_url", "video_url": {"url": "gs://a/x", "format": "application/pdf"}}, VIDEO_TOKENS_MAX),
+    ],
+)
+def test_a_hold_covers_what_stands_at_an_address(part: dict[str, Any], most: int) -> None:
+    estimate = sized([{"role": "user", "content": [part]}])
+    assert estimate.hold >= most
+    assert estimate.tokens < 2 * FILE_TOKENS_UNKNOWN  # what is charged where the provider says nothing
     assert estimate.kind == "estimated"
 
 

@@ -37,7 +37,7 @@ async def test_the_shards_of_a_primary_that_lost_everything_are_made_anew_and_no
         accounts = [await stack.account(f"account-{number}") for number in range(OWNERS)]
         await asyncio.gather(*(stack.grant(each, f"g-{each.id}", 1_000) for each in accounts))
         await asyncio.gather(*(gateway.spend(each, 30) for each in accounts))
-        await stack.flusher().drain()
+        await stack.drained()
         await asyncio.gather(*(gateway.spend(each, 20) for each in accounts))  # of the lost ones only receipts know
         held = [await gateway.hold(each, 100) for each in accounts]
         lost = shards_at(cluster, cluster.nodes[0])

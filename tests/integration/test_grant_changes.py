@@ -25,14 +25,14 @@ async def available(stack: Stack, account: AccountRef) -> int:
 
 
 async def differences(stack: Stack) -> list[tuple[str, object, object]]:
-    await stack.flusher().drain()
+    await stack.drained()
     report = await audit(stack.pool, stack.ledger, stack.redis, wait_s=0.2)
     return [(one.what, one.redis, one.postgres) for one in report.differences]
 
 
 async def clean(stack: Stack) -> bool:
     """Nothing differs, nothing is pending, nothing is dead."""
-    await stack.flusher().drain()
+    await stack.drained()
     report = await audit(stack.pool, stack.ledger, stack.redis, wait_s=1)
     return report.ok and report.pending_grants == () and report.pending_changes == ()
 
@@ -118,7 +118,7 @@ async def test_a_revocation_made_while_redis_is_away_is_applied_later(stack: Sta
     await stack.grant(account, "g1", 100)
     done = await without_redis(stack, revoke(stack.pool, stack.ledger, NewRevocation("r1", "g1")))
     assert (done.state, done.amount) == ("waiting", None)
-    await stack.flusher().drain()
+    await stack.drained()
     report = await audit(stack.pool, stack.ledger, stack.redis)
     assert (report.ok, report.pending_changes) == (True, ("r1",))
     assert await grant_changes.apply_pending(stack.pool, stack.ledger) == Applied(1)

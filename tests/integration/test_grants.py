@@ -19,7 +19,7 @@ async def available(stack: Stack, account: AccountRef) -> int:
 
 
 async def clean(stack: Stack) -> bool:
-    await stack.flusher().drain()
+    await stack.drained()
     report = await audit(stack.pool, stack.ledger, stack.redis, wait_s=1)
     return report.ok and report.pending_grants == ()
 
@@ -115,7 +115,7 @@ async def test_the_sixty_fifth_open_grant_waits_until_one_is_spent(stack: Stack)
         await stack.grant(account, f"g{number:02d}", 10)
     issued = await issue(stack.pool, stack.ledger, NewGrant("late", "alice", 10))
     assert (issued.state, issued.reason) == ("waiting", "64 grants are open")
-    await stack.flusher().drain()
+    await stack.drained()
     assert await apply_pending(stack.pool, stack.ledger) == Applied(0, {"late": "64 grants are open"})
     await stack.spend(account, 10, 10)
     assert await apply_pending(stack.pool, stack.ledger) == Applied(1)

@@ -42,13 +42,13 @@ async def test_entries_that_arrive_again_with_the_same_content_add_nothing(stack
     await stack.grant(account, "g1", 1_000)
     await stack.spend(account, 100, 70)
     kept = await stack.redis.call("XRANGE", SHARDS[account.shard].outbox, "-", "+")
-    await stack.flusher().drain()
+    await stack.drained()
     before = await sums(stack)
     await stack.pool.execute("UPDATE shard_cursor SET n = 0 WHERE shard = $1", account.shard)
     await stack.redis.call("DEL", SHARDS[account.shard].outbox)
     for raw, fields in kept:
         await stack.redis.call("XADD", SHARDS[account.shard].outbox, raw, *fields)
-    assert await stack.flusher().drain() == 2
+    assert await stack.drained() == 2
     assert await sums(stack) == before
     assert stack.alarms == []
 
@@ -58,7 +58,7 @@ async def test_an_entry_that_exists_with_other_content_stops_its_shard_and_no_ot
     sid = uuid7()
     for shard in shards:
         await append(stack, shard, 1, settle_fields("alice", uuid7() if shard == 4 else sid, 70))
-    await stack.flusher().drain()
+    await stack.drained()
     before = await sums(stack)
     await stack.pool.execute("UPDATE shard_cursor SET n = 0 WHERE shard = 3")
     await stack.redis.call("DEL", SHARDS[3].outbox)
@@ -82,7 +82,7 @@ async def test_rows_of_one_batch_that_exist_in_part_arrive_whole_and_are_summed_
     await stack.redis.call("DEL", SHARDS[3].outbox)
     for raw, fields in kept:
         await stack.redis.call("XADD", SHARDS[3].outbox, raw, *fields)
-    assert await stack.flusher().drain() == 3
+    assert await stack.drained() == 3
     summed = await sums(stack)
     assert (summed["sessions"], summed["charged"], summed["rolled_sessions"], summed["rolled_charged"]) == (
         3,
@@ -188,7 +188,7 @@ async def test_an_entry_that_only_postgres_refuses_is_isolated_and_buried(stack:
     for n in range(1, 31):
         await append(stack, 3, n, settle_fields("alice", uuid7(), 666 if n == 17 else 1))
         await append(stack, 4, n, settle_fields("bob", uuid7(), 1))
-    await stack.flusher().drain()
+    await stack.drained()
     assert [tuple(row) for row in await stack.pool.fetch("SELECT shard, n FROM outbox_dead")] == [(3, 17)]
     assert (await sums(stack))["sessions"] == 59
     assert [row["n"] for row in await stack.pool.fetch("SELECT n FROM shard_cursor WHERE shard IN (3, 4)")] == [30, 30]
@@ -197,7 +197,7 @@ async def test_an_entry_that_only_postgres_refuses_is_isolated_and_buried(stack:
 async def test_sessions_of_any_month_find_a_partition(stack: Stack) -> None:
     for n, moment in enumerate((1_577_836_800_000, 1_795_000_000_000, 4_102_444_800_000), start=1):
         await append(stack, 3, n, settle_fields("alice", uuid7(moment), 1))
-    await stack.flusher().drain()
+    await stack.drained()
     months = [str(row["month"]) for row in await stack.pool.fetch("SELECT month FROM session ORDER BY month")]
     assert months == ["2020-01-01", "2026-11-01", "2100-01-01"]
 
@@ -207,7 +207,7 @@ async def test_sessions_on_both_sides_of_a_month_s_end_lie_in_their_own_months(s
     moments = (turn - 1, turn, turn - 2, turn + 1)
     for n, moment in enumerate(moments, start=1):
         await append(stack, 3, n, settle_fields("alice", uuid7(moment), n))
-    await stack.flusher().drain()
+    await stack.drained()
     rows = await stack.pool.fetch("SELECT tableoid::regclass::text AS place, charged FROM session ORDER BY charged")
     assert [row["place"] for row in rows] == ["session_p2026_11", "session_p2026_12"] * 2
 

@@ -136,7 +136,7 @@ async def test_accounts_under_load_are_compared_and_never_differ(stack: Stack, o
         await asyncio.wait(serving)
     assert [(look.account.id, one) for look in looks for one in look.fresh] == []
     assert {look.skipped for look in looks} <= {None, "busy"}
-    await stack.flusher().drain()
+    await stack.drained()
     assert (await reconcile.audit(stack.pool, stack.ledger, stack.redis)).ok
 
 
@@ -146,7 +146,7 @@ async def test_a_grant_that_comes_between_snapshot_and_comparison_is_no_differen
     assert isinstance(taken, reconcile.Taken)
     await stack.grant(account, "late", 77)
     await stack.spend(account, 10, 10)
-    await stack.flusher().drain()
+    await stack.drained()
     async with stack.pool.acquire() as connection:
         assert await reconcile.compare(connection, taken) == []
     await tamper(stack, "UPDATE grant_ SET applied_n = applied_n + 9 WHERE id = 'g1'")
@@ -162,7 +162,7 @@ async def test_what_has_not_arrived_is_waited_for_and_is_no_difference(stack: St
     round_ = asyncio.create_task(audit.round())
     await asyncio.wait([round_], timeout=0.05)
     assert not round_.done()
-    await stack.flusher().drain()
+    await stack.drained()
     assert said(await round_) == [CLEAN]
 
 
@@ -184,7 +184,7 @@ async def test_the_wait_for_the_journal_is_bounded_and_a_stopped_one_is_not_wait
     assert audit.age_s > 0.1
     stopped = online(stopped=lambda: {account.shard})
     skipping = asyncio.create_task(stopped.round())
-    await stack.flusher().drain()
+    await stack.drained()
     assert said(await skipping) == [("alice", "stopped", False), ("bob", None, False)]
     assert said(await audit.round()) == [CLEAN, ("bob", None, False)]
 
@@ -222,7 +222,7 @@ async def test_what_differs_in_a_shard_that_was_frozen_meanwhile_is_looked_at_ag
     round_ = asyncio.create_task(audit.round())
     await asyncio.wait([round_], timeout=0.05)
     await stack.ledger.freeze(account.shard)
-    await stack.flusher().drain()
+    await stack.drained()
     assert said(await round_) == [("alice", "rebuilt", False)]
     await stack.redis.call("HSET", shard.meta, "ep", 1)
     for name in range(20):
@@ -266,7 +266,7 @@ async def test_an_entry_of_an_account_that_postgres_lacks_is_told(stack: Stack, 
     await audit.round()
     await tamper(stack, "DELETE FROM account")
     await stack.spend(account, 10, 7)
-    await stack.flusher().drain()
+    await stack.drained()
     (look,) = await audit.round()
     assert [one.what for one in look.fresh] == ["the account is in Postgres"]
     (look,) = await audit.round()

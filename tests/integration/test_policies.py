@@ -15,7 +15,7 @@ from tests.support.stack import Stack, eventually, uuid7
 
 
 async def clean(stack: Stack) -> bool:
-    await stack.flusher().drain()
+    await stack.drained()
     report = await audit(stack.pool, stack.ledger, stack.redis, wait_s=1)
     assert report.differences == ()
     return stack.alarms == []
@@ -163,7 +163,7 @@ async def test_a_correction_has_its_own_row_and_counts_in_the_usage(stack: Stack
 async def test_a_correction_delivered_twice_counts_once(stack: Stack) -> None:
     ref = await swept(stack, 40)
     await stack.ledger.correct(ref, 60, METADATA)
-    await stack.flusher().drain()
+    await stack.drained()
     await stack.pool.execute("UPDATE shard_cursor SET n = n - 1 WHERE shard = $1", ref.account.shard)
     outbox = SHARDS[ref.account.shard].outbox
     await stack.redis.call("DEL", outbox)

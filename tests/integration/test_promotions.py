@@ -124,7 +124,7 @@ async def test_a_shard_that_postgres_has_passed_gets_no_new_epoch_and_stays_froz
     payer, other = await account(stack, "payer"), await account(stack, "other")
     assert payer.shard != other.shard
     recovery = await verified(stack)
-    await stack.flusher().drain()
+    await stack.drained()
     await stack.pool.execute("UPDATE shard_cursor SET n = n + 1 WHERE shard = $1", payer.shard)
     passed = await recovery._rebuilder(stack.pool).renew([payer.shard, other.shard])
     assert passed == [payer.shard]

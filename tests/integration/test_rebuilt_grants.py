@@ -25,7 +25,7 @@ LOST_AND_KNOWN = [([60, 30], []), ([30], [60]), ([], [60, 30])]
 
 async def rebuilt(stack: Stack, gateway: Teller, recovery: Recovery) -> Rebuilt:
     """Postgres has everything, Redis loses everything, and the gateway delivers what it knows."""
-    await stack.flusher().drain()
+    await stack.drained()
     await stack.redis.call("FLUSHALL")
     await gateway.deliver()
     done = await recovery.recover()
@@ -119,7 +119,7 @@ async def test_who_stands_in_for_lost_holds_is_not_held_again(stack: Stack) -> N
     async with teller(stack) as gateway:
         account = await held_grant(stack, gateway, [60], [])
         await revoke(stack.pool, stack.ledger, NewRevocation("r1", "g1"))
-        await stack.flusher().drain()
+        await stack.drained()
         keys = SHARDS[account.shard]
         (name,) = await stack.redis.call("KEYS", f"{keys.session}*")
         await stack.redis.call("HSET", name, "k", KEY)

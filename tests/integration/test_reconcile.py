@@ -26,7 +26,7 @@ async def busy_account(stack: Stack) -> AccountRef:
     await stack.spend(account, 80, 70)
     await stack.spend(account, 80, 60)
     await stack.hold(account, 50)
-    await stack.flusher().drain()
+    await stack.drained()
     return account
 
 
@@ -159,7 +159,7 @@ async def test_a_journal_that_does_not_arrive_is_a_difference_after_the_wait(sta
     assert [(one.what, one.redis, one.postgres) for one in report.differences] == [
         ("the journal arrives", "1-5", "1-4")
     ]
-    await stack.flusher().drain()
+    await stack.drained()
     assert (await audited(stack)).ok
 
 
@@ -167,7 +167,7 @@ async def test_a_dead_entry_is_a_difference(stack: Stack) -> None:
     await busy_account(stack)
     await stack.redis.call("XADD", SHARDS[0].outbox, "1-1", "t", "nonsense")
     await stack.redis.call("HSET", SHARDS[0].meta, "n", 1)
-    await stack.flusher().drain()
+    await stack.drained()
     report = await audited(stack)
     assert [one.what for one in report.differences] == ["no entry is dead: 0:1-1"]
 
@@ -217,7 +217,7 @@ async def test_what_the_house_absorbs_is_projected(stack: Stack) -> None:
     account = await stack.account("alice")
     await stack.grant(account, "g1", 100)
     ref = await stack.spend(account, 100, 130)
-    await stack.flusher().drain()
+    await stack.drained()
     row = await stack.pool.fetchrow("SELECT charged, absorbed FROM session WHERE sid = $1", ref.session)
     assert tuple(row) == (100, 30)
     assert (await audited(stack)).ok
@@ -235,6 +235,6 @@ async def test_what_expires_while_it_is_held_becomes_breakage(stack: Stack) -> N
 
     await eventually(expired)
     await stack.ledger.settle(ref, 30, "completed")
-    await stack.flusher().drain()
+    await stack.drained()
     assert tuple(await stack.pool.fetchrow("SELECT amount, breakage FROM consumption")) == (30, 70)
     assert (await audited(stack)).ok

@@ -130,7 +130,7 @@ async def test_a_fork_that_reuses_numbers_gives_up_no_session_of_either_history(
         past = await snapshot(stack.redis)
         for _ in range(3):
             await old.spend(account, 20)
-        await stack.flusher().drain()
+        await stack.drained()
         await old.spend(account, 40)  # acknowledged, neither in Postgres nor on the replica
         await go_back(stack.redis, past)
         await stack.redis.call("DEL", VERIFIED_KEY)
@@ -154,7 +154,7 @@ async def test_a_rebuild_that_is_killed_at_any_step_is_gone_on_with(stack: Stack
     await verified(stack)
     async with teller(stack) as gateway:
         await gateway.spend(account, 10)
-        await stack.flusher().drain()
+        await stack.drained()
         for each in (account, other):
             await gateway.spend(each, 20)
         held = await gateway.hold(account, 100)
@@ -257,7 +257,7 @@ async def test_a_repeat_of_a_settlement_that_arrived_before_the_loss_is_answered
         held = await gateway.hold(account, 100)
         gateway.receipts.owed(held.ref, 60, "completed", b"{}")
         await gateway.ledger.settle(held.ref, 60, "completed")  # its answer is lost on the way
-        await stack.flusher().drain()
+        await stack.drained()
         await stack.redis.call("FLUSHALL")
         await gateway.deliver()
         await recovery.recover()

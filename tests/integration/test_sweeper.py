@@ -33,7 +33,7 @@ async def test_an_abandoned_session_is_charged_what_it_metered_and_the_rest_retu
     balance = await stack.ledger.balance(account)
     assert (balance.available, balance.held, balance.sessions) == (958, 0, 0)
     assert await stack.ledger.settle(ref, 90, "completed") == Gone("final", 42)
-    await stack.flusher().drain()
+    await stack.drained()
     assert await stack.pool.fetchval("SELECT outcome FROM session WHERE sid = $1", ref.session) == "swept"
     assert (await audit(stack.pool, stack.ledger, stack.redis)).ok
 
@@ -62,7 +62,7 @@ async def test_competing_sweepers_end_each_session_once(stack: Stack) -> None:
 
     await eventually(empty)
     assert sum(sweeper.swept for sweeper in sweepers) == count
-    await stack.flusher().drain()
+    await stack.drained()
     assert await stack.pool.fetchval("SELECT count(*) FROM session") == count
     assert (await audit(stack.pool, stack.ledger, stack.redis)).ok
 

@@ -53,7 +53,7 @@ async def prepare(stack: Stack, gateway: Teller, accounts: int, given: int, hold
     await connection.close()
     assert (await grants.apply_pending(stack.pool, stack.ledger)).count == accounts * given
     await in_turns(lambda owner: gateway.spend(owner, 100), owners)
-    await stack.flusher().drain()
+    await stack.drained()
     await in_turns(lambda owner: gateway.hold(owner, 500), owners[:holds])
 
 

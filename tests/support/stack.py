@@ -48,6 +48,14 @@ class Stack:
         self._flushers.append(made)
         return made
 
+    async def drained(self) -> int:
+        """Bring the journal to Postgres with a flusher that then gives its connections back; entries that arrived."""
+        flusher = self.flusher()
+        try:
+            return await flusher.drain()
+        finally:
+            await flusher.aclose()
+
     async def account(self, name: str) -> AccountRef:
         ref = AccountRef(name, shard_of(name))
         await self.pool.execute("INSERT INTO account (id, name, shard) VALUES ($1, $1, $2)", ref.id, ref.shard)

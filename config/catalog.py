@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from config.price import CompiledPrice, Rates, TierRates
-from config.settings import Candidate, ConfigError, Price, PriceTier, Route, Settings
+from config.prices import Price, PriceTier
+from config.routing import Candidate, Route
+from config.settings import ConfigError, Settings
 
 if TYPE_CHECKING:
     from genai_prices.types import ModelPrice, TieredPrices

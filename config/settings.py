@@ -15,10 +15,13 @@ from typing import Literal
 
 import msgspec
 
-from config import kinds, proxy_url, response_cache
+from config import kinds, providers, proxy_url, routing
 from config.kinds import is_loopback as is_loopback  # the address of a gateway is asked the same
+from config.prices import Price
+from config.providers import Provider
 from config.proxy_url import ProxyAddress
-from config.response_cache import ResponseCache
+from config.routing import Breaker, Route
+from config.tables import Table
 
 SHIPPED = Path(__file__).with_name("tollgate.toml")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}")
@@ -34,11 +37,7 @@ class ConfigError(Exception):
     """The configuration is not usable."""
 
 
-class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A TOML table: unknown keys are errors, so that a misspelt bound is never silently the default."""
-
-
-class Server(_Table, frozen=True):
+class Server(Table, frozen=True):
     host: str = "127.0.0.1"
     port: int = 8080
     workers: int = 1
@@ -46,7 +45,7 @@ class Server(_Table, frozen=True):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 
-class Bounds(_Table, frozen=True):
+class Bounds(Table, frozen=True):
     """Every limit of the data plane (contract 5). Bytes, milliseconds, counts."""
 
     body_bytes_max: int = 32 * 1024 * 1024
@@ -81,7 +80,7 @@ class Bounds(_Table, frozen=True):
     cache_claim_ms: int = 5_000
 
 
-class Metering(_Table, frozen=True):
+class Metering(Table, frozen=True):
     """Holds and leases (contract 3, metering 1.3)."""
 
     slice_tokens: int = 512
@@ -98,12 +97,12 @@ class Metering(_Table, frozen=True):
     outbox_memory_percent_max: int = 25
 
 
-class Billing(_Table, frozen=True):
+class Billing(Table, frozen=True):
     credits_per_usd: str = "1"
     markup: str = "1"
 
 
-class Redis(_Table, frozen=True):
+class Redis(Table, frozen=True):
     allow_old_server: bool = False
     call_ms: int = 2_000
     connect_ms: int = 2_000
@@ -111,83 +110,13 @@ class Redis(_Table, frozen=True):
     replicas: int = 0
 
 
-class Embedded(_Table, frozen=True):
+class Embedded(Table, frozen=True):
     """What `serve` starts beside itself. `simulate` names the provider that the simulated provider stands in for."""
 
     simulate: str | None = None
 
 
-class Provider(_Table, frozen=True):
-    """One upstream. `kind` names a row of `config.kinds`, which fills in what the table leaves out once it is made."""
-
-    kind: str
-    base_url: str = ""
-    api_key_env: str | None = None
-    insecure: bool = False
-    include_usage: bool | None = None
-    clean_eof: bool | None = None
-    limit_field: kinds.Limit | None = None
-    on_disconnect: Literal["cancel", "finish"] = "cancel"
-    price_provider: str | None = None
-    drop_unsupported: tuple[str, ...] | None = None
-    options: dict[str, str] = {}
-    http2: bool = False
-    proxy: str | None = None
-    proxy_url_env: str | None = None
-    proxy_env: bool = False
-
-    def __post_init__(self) -> None:
-        for name, value in kinds.resolved(self).items():
-            msgspec.structs.force_setattr(self, name, value)
-
-    def __repr__(self) -> str:  # `proxy` may hold a password
-        return f"Provider(kind={self.kind!r}, base_url={self.base_url!r})"
-
-
-class Candidate(_Table, frozen=True):
-    provider: str
-    model: str
-
-
-class Route(_Table, frozen=True):
-    candidates: tuple[Candidate, ...]
-    rename_model: bool = False
-    hidden_reasoning: bool = False
-    max_output_tokens: int | None = None
-    cache: ResponseCache | None = None
-
-
-class PriceTier(_Table, frozen=True):
-    """Prices of every token of a request whose prompt has more than `above` tokens; defaults as in `Price`."""
-
-    above: int
-    input: str
-    output: str
-    cached_input: str | None = None
-    cache_write: str | None = None
-    reasoning: str | None = None
-    audio_input: str | None = None
-    audio_output: str | None = None
-
-
-class Price(_Table, frozen=True):
-    """Credits per million tokens as decimal strings; `image`, `second`, `character`, `request` are per unit."""
-
-    input: str
-    output: str
-    cached_input: str | None = None
-    cache_write: str | None = None
-    reasoning: str | None = None
-    audio_input: str | None = None
-    audio_output: str | None = None
-    image: str | None = None
-    second: str | None = None
-    character: str | None = None
-    request: str | None = None
-    tiers: tuple[PriceTier, ...] = ()
-
-
-class Settings(_Table, frozen=True):
+class Settings(Table, frozen=True):
     """The whole tree. `secrets` come from the environment only and never print."""
 
     server: Server = Server()
@@ -196,6 +125,7 @@ class Settings(_Table, frozen=True):
     billing: Billing = Billing()
     redis: Redis = Redis()
     embedded: Embedded = Embedded()
+    breaker: Breaker = Breaker()
     providers: dict[str, Provider] = {}
     routes: dict[str, Route] = {}
     prices: dict[str, Price] = {}
@@ -289,9 +219,10 @@ def _check(settings: Settings, path: Path) -> None:
     for name, route in settings.routes.items():
         if not _NAME.fullmatch(name):
             raise ConfigError(f"{path}: routes.{name}: a route's name is 1-128 of letters, digits and ._:/@+-")
-        if not route.candidates:
-            raise ConfigError(f"{path}: routes.{name}.candidates: name at least one {{ provider, model }}.")
-        _check_cache(name, route, path)
+        try:
+            routing.check_route(route)
+        except ValueError as error:
+            raise ConfigError(f"{path}: routes.{name}.{error}") from None
         for candidate in route.candidates:
             if candidate.provider not in settings.providers:
                 raise ConfigError(
@@ -300,6 +231,10 @@ def _check(settings: Settings, path: Path) -> None:
                 )
     for name, provider in settings.providers.items():
         _check_provider(name, provider, path)
+    try:
+        routing.check_breaker(settings.breaker)
+    except ValueError as error:
+        raise ConfigError(f"{path}: breaker.{error}") from None
     simulate = settings.embedded.simulate
     if simulate is not None and simulate not in settings.providers:
         raise ConfigError(f"{path}: embedded.simulate: provider '{simulate}' has no [providers.{simulate}] table.")
@@ -307,18 +242,9 @@ def _check(settings: Settings, path: Path) -> None:
         raise ConfigError(f"{path}: embedded.simulate: the simulated provider has OpenAI's wire; '{simulate}' has not.")
 
 
-def _check_cache(name: str, route: Route, path: Path) -> None:
-    if route.cache is not None:
-        try:
-            response_cache.check(route.cache)
-        except ValueError as error:
-            raise ConfigError(f"{path}: routes.{name}.cache.{error}") from None
-
-
 def _check_provider(name: str, provider: Provider, path: Path) -> None:
     try:
-        kinds.check(provider)
-        proxy_url.check(provider)
+        providers.check(provider)
     except ValueError as error:
         raise ConfigError(f"{path}: providers.{name}.{error}") from None
 

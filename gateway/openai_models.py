@@ -13,7 +13,8 @@ import httpx2
 import msgspec
 import structlog
 
-from config.settings import OPENAI, Candidate, Route, Secrets, Settings
+from config.routing import Candidate, Route
+from config.settings import OPENAI, Secrets, Settings
 
 ASK_S = 10.0
 MODELS_MAX = 2_000

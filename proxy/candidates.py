@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 from config import kinds
 from config.catalog import Catalog, PricedCandidate, PricedRoute
 from config.price import CompiledPrice
-from config.settings import Provider, Secrets, Settings
+from config.providers import Provider
+from config.settings import Secrets, Settings
 from metering.pricing import HoldRates, TokenUsage, cost, hold_rates
 from metering.token_counter import encoding_name
 from providers.codec import Upstream, UpstreamRequest

@@ -15,12 +15,14 @@ from metering.meter import Meter
 from providers.events import Chunk, Completed, Event, Failed, UsageSeen
 from proxy.client_stream import ClientStream
 from proxy.errors import CallError, InternalError, LeaseLost
+from proxy.failures import failure_error, transport_error
 from proxy.live_session import LiveSession
 from proxy.live_sessions import LiveSessions
 from proxy.session import Ending
 from proxy.transport import Exchange
 from proxy.transport_errors import TransportError
-from proxy.upstream import Opened, SessionEnded, count, failure_error, report, transport_error
+from proxy.upstream import Opened, SessionEnded
+from proxy.usage import count, report
 
 Over = tuple[Ending, CallError | None]
 """How a stream ended by itself, and why it failed if it did."""

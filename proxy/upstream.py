@@ -11,12 +11,11 @@ from collections.abc import Callable
 import msgspec
 
 from config.settings import Bounds
-from metering.meter import Channel, Meter
-from metering.pricing import TokenUsage
+from metering.meter import Meter
 from metering.prompt import PromptKind
 from metering.ranks import encoding
 from providers.codec import Answer, BadRequest, ChatCall, Codec, Unsupported, UpstreamRequest
-from providers.events import Chunk, Completed, Event, Failed, ProviderFailure, ReportedUsage
+from providers.events import Chunk, Completed, Event, Failed, ProviderFailure
 from proxy import telemetry
 from proxy.candidates import Candidate, Route
 from proxy.errors import (
@@ -26,30 +25,21 @@ from proxy.errors import (
     ProviderError,
     UnsupportedParameter,
     UpstreamGarbage,
-    UpstreamKeyRefused,
-    UpstreamTimedOut,
-    UpstreamTruncated,
     UpstreamUnreachable,
 )
+from proxy.failures import failure_error, transport_error
 from proxy.http_request import build_request
 from proxy.live_session import Attempt, LiveSession
 from proxy.request import ChatRequest
 from proxy.session import Ending, Phase
 from proxy.transport import Exchange, Transport
 from proxy.transport_errors import (
-    ConnectFailed,
-    ExchangeAborted,
     TransportError,
-    UpstreamProtocolError,
-    UpstreamTimeout,
 )
 
 ERROR_BODY_BYTES_MAX = 256 * 1024
 LIMIT_SLACK, LIMIT_SLACK_TOKENS = 4, 1024
 """How far a reported output may exceed the request's limit: some servers do not count reasoning into the limit."""
-CODES = {"context_length": "context_length_exceeded", "content_policy": "content_policy_violation"}
-"""OpenAI's codes of what a provider refused in its own words, where it names no code."""
-CHANNELS = tuple(Channel(value) for value in range(len(Channel)))
 
 
 class SessionEnded(Exception):
@@ -325,74 +315,3 @@ def _weightier(last: CallError | None, error: CallError) -> CallError:
     """Which failure of two candidates the client is told: the later one, but that the request is not for a provider is
     told only when it is for none of them."""
     return last if last is not None and isinstance(error, UnsupportedParameter) else error
-
-
-def failure_error(failure: ProviderFailure) -> CallError:
-    """The named error of a provider's failure. A refused key is our fault: its text never reaches the client."""
-    if failure.kind == "key_refused":
-        return UpstreamKeyRefused()
-    if failure.kind == "garbage":
-        return UpstreamGarbage(failure.message)
-    if failure.kind == "truncated":
-        return UpstreamTruncated(failure.message)
-    return ProviderError(
-        failure.message,
-        status=failure.status,
-        type_=failure.type,
-        code=failure.code or CODES.get(failure.kind),
-        param=failure.param,
-        retry_after_ms=None if failure.retry_after_s is None else int(failure.retry_after_s * 1000),
-    )
-
-
-def transport_error(error: Exception) -> CallError:
-    """The named error of a transport's failure."""
-    if isinstance(error, CallError):
-        return error
-    if isinstance(error, UpstreamTimeout):
-        return UpstreamTimedOut()
-    if isinstance(error, ConnectFailed):
-        return UpstreamUnreachable()
-    if isinstance(error, UpstreamProtocolError):
-        return UpstreamGarbage()
-    if isinstance(error, ExchangeAborted):
-        return UpstreamTruncated()
-    return UpstreamTruncated("The provider closed the connection before its answer was complete.")
-
-
-def count(meter: Meter, event: Chunk) -> None:
-    """Meter a chunk's text."""
-    for delta in event.deltas:
-        meter.add(delta.choice, CHANNELS[delta.channel], delta.text, delta.tool)
-
-
-def report(session: LiveSession, usage: ReportedUsage) -> None:
-    """Meter a provider's usage; a report that cannot be believed is noted and left."""
-    meter, provider = session.meter, session.attempts[-1].provider
-    refused: str | None = "no prompt or completion count"
-    most = session.output_most
-    if most is not None and usage.output is not None and usage.output > most:
-        refused = f"more than {most} output tokens, which the request's limit rules out"
-    elif meter is not None and usage.prompt is not None and usage.output is not None:
-        refused = meter.report(
-            TokenUsage(
-                prompt=usage.prompt,
-                cached=usage.cached,
-                cache_write=usage.cache_write,
-                output=usage.output,
-                reasoning=usage.reasoning,
-                audio_input=usage.audio_input,
-                audio_output=usage.audio_output,
-            )
-        )
-    if refused is None:
-        session.reported_raw = usage.raw
-    else:
-        telemetry.USAGE_REFUSED.labels(provider).inc()
-        telemetry.log.warning(
-            "usage refused",
-            request_id=session.request_id,
-            session=session.id,
-            provider=provider,
-            reason=refused,
-        )

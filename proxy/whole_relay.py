@@ -15,7 +15,8 @@ from proxy.errors import CallError, InternalError, LeaseLost
 from proxy.live_session import LiveSession
 from proxy.session import Ending
 from proxy.settlement import Bill, Settler
-from proxy.upstream import CHANNELS, PreparedCall, SessionEnded, Upstreams, report
+from proxy.upstream import PreparedCall, SessionEnded, Upstreams
+from proxy.usage import CHANNELS, report
 
 
 class WholeAnswer(msgspec.Struct, frozen=True):

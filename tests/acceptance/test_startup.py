@@ -16,7 +16,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from config.settings import OPENAI, SHIPPED, Provider, Route, Settings, read_secrets
+from config.providers import Provider
+from config.routing import Route
+from config.settings import OPENAI, SHIPPED, Settings, read_secrets
 from gateway.health import BEHIND
 from gateway.openai_models import offered_routes
 from tests.support.gateway import CONFIG, OURS, ROOT, Gateway, running, until

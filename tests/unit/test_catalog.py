@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config.catalog import Catalog, PricedCandidate, _from_genai, compile_catalog, priced_models, read, write
-from config.settings import SHIPPED, Candidate, ConfigError, Route, Settings, load
+from config.routing import Candidate, Route
+from config.settings import SHIPPED, ConfigError, Settings, load
 
 AT = datetime(2026, 11, 1, 12, tzinfo=UTC)
 URL = "https://api.example.com/v1"

@@ -7,13 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from config import response_cache, settings
+from config import prices, providers, response_cache, routing, settings
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "configuration.md").read_text()
 TABLES = {
     "server": settings.Server,
-    "providers": settings.Provider,
-    "routes": settings.Route,
+    "providers": providers.Provider,
+    "providers.<name>.limits": providers.Limits,
+    "providers.<name>.queue": providers.Queue,
+    "providers.<name>.probe": providers.Probe,
+    "routes": routing.Route,
+    "routes.<model>.retry": routing.Retry,
+    "routes.<model>.hedge": routing.Hedge,
+    "breaker": routing.Breaker,
     "routes.<model>.cache": response_cache.ResponseCache,
     "billing": settings.Billing,
     "bounds": settings.Bounds,
@@ -25,7 +31,7 @@ TABLES = {
 
 def section(name: str) -> str:
     """The part of the page about one table."""
-    found = re.search(rf"^## `\[{name}\b.*?(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL)
+    found = re.search(rf"^## `\[{re.escape(name)}[.\]].*?(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL)
     assert found, name
     return found[0]
 
@@ -40,7 +46,7 @@ def test_every_key_is_documented_and_every_documented_key_exists(name: str) -> N
 
 def test_every_price_class_is_documented() -> None:
     text = section("prices")
-    assert [name for name in settings.Price.__struct_fields__ if f"`{name}`" not in text] == []
+    assert [name for name in prices.Price.__struct_fields__ if f"`{name}`" not in text] == []
 
 
 def test_every_metric_is_documented_and_every_documented_metric_exists() -> None:

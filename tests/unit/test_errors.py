@@ -11,7 +11,7 @@ from accounts import keys
 from gateway import errors
 from providers.events import ProviderFailure
 from proxy import errors as call
-from proxy.upstream import failure_error
+from proxy.failures import failure_error
 
 NAMED = [
     error

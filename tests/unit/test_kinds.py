@@ -12,7 +12,10 @@ from genai_prices import data_snapshot
 
 from config.catalog import compile_catalog
 from config.kinds import KINDS, key_style
-from config.settings import Candidate, ConfigError, Price, Provider, Route, Secrets, Settings, load, read_secrets
+from config.prices import Price
+from config.providers import Provider
+from config.routing import Candidate, Route
+from config.settings import ConfigError, Secrets, Settings, load, read_secrets
 from providers.registry import CODECS, wire
 from proxy.candidates import build_routes
 

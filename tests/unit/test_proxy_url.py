@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from config import settings
+from config.providers import Provider
 from config.proxy_url import ProxyAddress, configured, parse
-from config.settings import ConfigError, Provider, read_secrets
+from config.settings import ConfigError, read_secrets
 from proxy.httpx_upstreams import open_pools
 from proxy.transport import TransportLimits
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from config.providers import Provider
 from config.settings import (
     METRICS_LISTEN_ENV,
     ConfigError,
-    Provider,
     Settings,
     load,
     read_secrets,

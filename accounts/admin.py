@@ -19,6 +19,7 @@ import msgspec
 from accounts import keys
 from accounts.key_lookup import read_record
 from accounts.key_store import CHANNEL, PEPPER_KEY, KeyRecord, decode_record, encode_record, record_key
+from accounts.preferences import RoutingPreferences, from_text
 from storage.database import FAILED, Pool
 from storage.redis_client import RedisError
 from storage.redis_open import Redis
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 SHARD_COUNT = 128
 NAME_CHARS_MAX = 200
 LIMIT_MAX = 1_000_000
-_ACCOUNT = "id, name, shard, created_at, policy, credit_limit"
+_ACCOUNT = "id, name, shard, created_at, policy, credit_limit, preferences"
 _KEY_ID = re.compile(r"[0-9A-Za-z]{8}")
 
 
@@ -59,7 +60,7 @@ class HalfRevoked(AccountsError):
 @dataclass(frozen=True, slots=True)
 class Account:
     """Who pays. `shard` (0..127) is where it lives in Redis; `policy` (cutoff, grace, postpaid) with `credit_limit` in
-    micros says what it may do when its grants are used up."""
+    micros says what it may do when its grants are used up; `preferences`, which providers may answer it."""
 
     id: str
     name: str
@@ -67,6 +68,7 @@ class Account:
     created_at: datetime
     policy: str
     credit_limit: int
+    preferences: RoutingPreferences | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,7 @@ class KeyInfo:
     parallel_sessions: int | None
     created_at: datetime
     revoked_at: datetime | None
+    preferences: RoutingPreferences | None = None
 
 
 async def create_account(pool: Pool, name: str) -> Account:
@@ -90,7 +93,7 @@ async def create_account(pool: Pool, name: str) -> Account:
         f"INSERT INTO account (id, name, shard) VALUES ($1, $2, $3) RETURNING {_ACCOUNT}",  # noqa: S608
         account_id, _checked_name(name), crc32(account_id.encode()) % SHARD_COUNT,
     )  # fmt: skip
-    return Account(*row)
+    return _account(row)
 
 
 async def find_account(pool: Pool, id_or_name: str) -> Account:
@@ -103,7 +106,7 @@ async def find_account(pool: Pool, id_or_name: str) -> Account:
         raise UnknownAccount(f"There is no account with the id or name '{id_or_name}'.")
     if len(rows) > 1 and rows[0]["id"] != id_or_name:
         raise AmbiguousAccount(f"Several accounts are named '{id_or_name}'. Use the id.")
-    return Account(*rows[0])
+    return _account(rows[0])
 
 
 async def list_accounts(pool: Pool, limit: int = 1_000) -> list[Account]:
@@ -112,7 +115,11 @@ async def list_accounts(pool: Pool, limit: int = 1_000) -> list[Account]:
         f"SELECT {_ACCOUNT} FROM account ORDER BY created_at DESC, id LIMIT $1",  # noqa: S608
         limit,
     )
-    return [Account(*row) for row in rows]
+    return [_account(row) for row in rows]
+
+
+def _account(row: Any) -> Account:
+    return Account(**{**row, "preferences": from_text(row["preferences"])})
 
 
 async def create_key(
@@ -134,25 +141,20 @@ async def create_key(
         if limit is not None and not 1 <= limit <= LIMIT_MAX:
             raise InvalidInput(f"A key's limit is between 1 and {LIMIT_MAX}.")
     made = keys.mint()
-    record = KeyRecord(
-        id=made.id,
-        mac=keys.mac_of(pepper, made.secret),
-        pepper=keys.fingerprint(pepper),
-        account=account.id,
-        shard=account.shard,
-        name=record_name,
-        requests_per_minute=requests_per_minute,
-        parallel_sessions=parallel_sessions,
-    )
     await pool.execute(
         "INSERT INTO api_key (id, account_id, name, mac, pepper_fingerprint, requests_per_minute, parallel_sessions)"
         " VALUES ($1, $2, $3, $4, $5, $6, $7)",
-        record.id, record.account, record.name, record.mac, record.pepper, requests_per_minute, parallel_sessions,
+        made.id, account.id, record_name, keys.mac_of(pepper, made.secret), keys.fingerprint(pepper),
+        requests_per_minute, parallel_sessions,
     )  # fmt: skip
-    try:
-        await redis.call("SET", record_key(record.id), encode_record(record), "NX")
-    except RedisError as error:
+    try:  # read back only now: a change of the account's preferences sees the new key, or is seen here
+        record = await read_record(pool, made.id)
+        if record is not None:
+            await redis.call("SET", record_key(made.id), encode_record(record), "NX")
+    except (RedisError, keys.KeysUnavailable) as error:
         log.warning("the new key's record is not in Redis yet: %s", error)
+    except FAILED as error:
+        log.warning("the new key's record could not be read back: %s", type(error).__name__)
     return made
 
 
@@ -160,11 +162,11 @@ async def list_keys(pool: Pool, account: Account | None = None, limit: int = 1_0
     """Keys of one account or of all, the newest first, revoked ones included. Raises storage.database.FAILED."""
     rows = await pool.fetch(
         "SELECT id, account_id, name, pepper_fingerprint, requests_per_minute, parallel_sessions, created_at,"
-        "       revoked_at FROM api_key"
+        "       revoked_at, preferences FROM api_key"
         " WHERE $1::text IS NULL OR account_id = $1 ORDER BY created_at DESC, id LIMIT $2",
         account.id if account else None, limit,
     )  # fmt: skip
-    return [KeyInfo(*row) for row in rows]
+    return [KeyInfo(**{**row, "preferences": from_text(row["preferences"])}) for row in rows]
 
 
 async def revoke_key(pool: Pool, redis: Redis, key_id: str) -> bool:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from typing import Any
 
 from accounts.key_store import KeyRecord
 from accounts.keys import KeysUnavailable
-from storage.database import FAILED, Pool, connect_pool
+from accounts.preferences import from_text, narrowed
+from storage.database import FAILED, Connection, Pool, connect_pool
 
 log = logging.getLogger(__name__)
 
@@ -20,19 +22,28 @@ QUERY_S_MAX = 2.0
 REST_S = 1.0
 """After a failure Postgres is left alone for this long; callers meanwhile get KeysUnavailable at once."""
 
-_QUERY = """
+_RECORDS = """
 SELECT k.id, k.mac, k.pepper_fingerprint, k.account_id, a.shard, k.name,
-       k.requests_per_minute, k.parallel_sessions, k.revoked_at IS NOT NULL AS revoked
+       k.requests_per_minute, k.parallel_sessions, k.revoked_at IS NOT NULL AS revoked,
+       a.preferences AS of_account, k.preferences AS of_key
   FROM api_key k JOIN account a ON a.id = k.account_id
- WHERE k.id = $1
 """
+_ONE = f"{_RECORDS} WHERE k.id = $1"
+_SOME = f"{_RECORDS} WHERE k.account_id = $1 AND k.id > $2 AND k.revoked_at IS NULL ORDER BY k.id LIMIT $3"
 
 
-async def read_record(pool: Pool, key_id: str) -> KeyRecord | None:
-    """One key as Redis keeps it. Raises storage.database.FAILED."""
-    row = await pool.fetchrow(_QUERY, key_id)
-    if row is None:
-        return None
+async def read_record(pool: Pool | Connection, key_id: str) -> KeyRecord | None:
+    """One key as Redis keeps it. Raises storage.database.FAILED, KeysUnavailable (damaged preferences)."""
+    row = await pool.fetchrow(_ONE, key_id)
+    return None if row is None else _record(row)
+
+
+async def read_records(pool: Pool | Connection, account_id: str, after_id: str, limit: int) -> list[KeyRecord]:
+    """The next keys in force of an account, by id, as Redis keeps them. Raises as `read_record`."""
+    return [_record(row) for row in await pool.fetch(_SOME, account_id, after_id, limit)]
+
+
+def _record(row: Any) -> KeyRecord:
     return KeyRecord(
         id=row["id"],
         mac=row["mac"],
@@ -43,6 +54,7 @@ async def read_record(pool: Pool, key_id: str) -> KeyRecord | None:
         requests_per_minute=row["requests_per_minute"],
         parallel_sessions=row["parallel_sessions"],
         revoked=row["revoked"],
+        routing=narrowed(from_text(row["of_account"]), from_text(row["of_key"])),
     )
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import msgspec
 
 from accounts.keys import KeysUnavailable, PresentedKey, RevokedKey, UnknownKey, mac_of, parse
+from accounts.preferences import RoutingPreferences
 from storage.redis_client import RedisError, RedisReplyError
 from storage.redis_open import Listening, Redis
 
@@ -37,7 +38,8 @@ _EVERYBODY = b"*"
 
 
 class KeyRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What Redis keeps of a key, as JSON under `auth:<id>`: no secret, only its HMAC. A limit of None means none."""
+    """What Redis keeps of a key, as JSON under `auth:<id>`: no secret, only its HMAC. A limit of None means none;
+    `routing` is what the account says about providers, narrowed by the key."""
 
     id: str
     mac: bytes
@@ -48,11 +50,13 @@ class KeyRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     requests_per_minute: int | None = None
     parallel_sessions: int | None = None
     revoked: bool = False
+    routing: RoutingPreferences | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who is calling: the key, the account that pays, and the key's limits (None: none)."""
+    """Who is calling: the key, the account that pays, the key's limits, and which providers may answer (None: none
+    said)."""
 
     key_id: str
     account_id: str
@@ -60,6 +64,7 @@ class Principal:
     requests_per_minute: int | None
     parallel_sessions: int | None
     name: str
+    preferences: RoutingPreferences | None = None
 
 
 Lookup = Callable[[str], Awaitable[KeyRecord | None]]
@@ -110,7 +115,7 @@ class KeyStore:
         self._subscription: Listening | None = None
 
     async def start(self) -> None:
-        """Listen for revocations."""
+        """Listen for revocations and changed preferences."""
         self._subscription = await self._redis.subscribe(CHANNEL, self.purge, lambda: self.purge(_EVERYBODY))
 
     async def aclose(self) -> None:
@@ -158,6 +163,7 @@ class KeyStore:
             requests_per_minute=record.requests_per_minute,
             parallel_sessions=record.parallel_sessions,
             name=record.name,
+            preferences=record.routing,
         )
         if purges == self._purges:  # else this very record may be what a revocation has just purged
             self._remember(self._digest(presented.text), principal)

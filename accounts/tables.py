@@ -34,6 +34,7 @@ ACCOUNT = Table(
     Column("credit_limit", BigInteger, nullable=False, server_default=text("0")),
     Column("policy_revision", BigInteger, nullable=False, server_default=text("0")),
     Column("policy_applied", BigInteger, nullable=False, server_default=text("0")),
+    Column("preferences", Text, nullable=True),
     CheckConstraint("shard BETWEEN 0 AND 127", name="shard_known"),
     CheckConstraint("policy IN ('cutoff', 'grace', 'postpaid')", name="policy_known"),
     CheckConstraint(
@@ -42,10 +43,11 @@ ACCOUNT = Table(
     ),
     Index("ix_account_policy_pending", "id", postgresql_where=text("policy_applied < policy_revision")),
     CheckConstraint("id ~ '^[A-Za-z0-9_-]{1,64}$'", name="id_form"),
+    CheckConstraint("octet_length(preferences) BETWEEN 2 AND 32768", name="preferences_fit"),
 )
 """Who pays. `shard` is fixed at creation (crc32(id) % 128) and says where the account lives in Redis. `policy` and
 `credit_limit` (micros of debt) are what revision `policy_revision` says; the journal notes in `policy_applied` which
-revision is in force."""
+revision is in force. `preferences`: JSON of `accounts.preferences.RoutingPreferences`; null is none."""
 
 API_KEY = Table(
     "api_key",
@@ -59,9 +61,12 @@ API_KEY = Table(
     Column("parallel_sessions", Integer, nullable=True),
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
     Column("revoked_at", DateTime(timezone=True), nullable=True),
+    Column("preferences", Text, nullable=True),
     CheckConstraint("id ~ '^[A-Za-z0-9]{8}$'", name="id_form"),
     CheckConstraint("requests_per_minute > 0", name="requests_per_minute_positive"),
     CheckConstraint("parallel_sessions > 0", name="parallel_sessions_positive"),
+    CheckConstraint("octet_length(preferences) BETWEEN 2 AND 32768", name="preferences_fit"),
     Index("ix_api_key_account_id", "account_id"),
 )
-"""An API key: 8 base62 characters of id, HMAC-SHA256 of its secret, and the fingerprint of the pepper that made it."""
+"""An API key: 8 base62 characters of id, HMAC-SHA256 of its secret, and the fingerprint of the pepper that made it.
+Its `preferences` narrow the account's."""

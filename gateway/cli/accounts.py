@@ -1,4 +1,4 @@
-"""`tollgate accounts`: who pays, and how far. Must not: give credit or touch keys."""
+"""`tollgate accounts`: who pays, how far, and who may answer. Must not: give credit or make keys."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gateway.cli import prefer as preferences
 from gateway.cli.context import Context, data_dir_option, with_stores
 from gateway.cli.money import CreditsType, format_credits
 from gateway.cli.output import emit_json, facts, json_option, table
 
 if TYPE_CHECKING:
+    from accounts.preference_admin import Changed
     from metering.ledger import Policy
 
 
@@ -75,6 +77,36 @@ def policy(account: str, policy: Policy, limit: int | None, data_dir: Path | Non
     )
 
 
+@accounts.command(short_help="Say which providers may answer an account.")
+@click.argument("account")
+@preferences.preference_options
+@data_dir_option
+@json_option
+def prefer(account: str, clear: bool, data_dir: Path | None, as_json: bool, **lists: tuple[str, ...] | None) -> None:
+    """Say which providers may answer ACCOUNT (its id or name), and which first.
+
+    NAMES are `provider` or `provider/model`, with commas between them. Each option replaces its list; an empty one
+    (`--allow ""`) takes it away. The account's keys may narrow this and never widen it.
+    `tollgate accounts show ACCOUNT` shows it.
+
+    \b
+    Example:
+      tollgate accounts prefer "Acme Ltd" --exclude openrouter --prefer groq,openai/gpt-4o --tag eu
+    """
+    said = preferences.given(lists, clear)
+    found, changed, unknown = with_stores(
+        data_dir, "setting the preferences", lambda ctx: _prefer(ctx, account, said, clear)
+    )
+    if as_json:
+        emit_json({
+            "account_id": found.id, "preferences": preferences.document(changed.preferences), "keys": changed.keys,
+            "unknown": unknown,
+        })  # fmt: skip
+        return
+    facts(f"Account {found.name}", [*preferences.pairs(changed.preferences), ("keys that follow", changed.keys)])
+    preferences.warn(unknown)
+
+
 @accounts.command(short_help="Show an account, or list all.")
 @click.argument("account", required=False)
 @data_dir_option
@@ -105,6 +137,7 @@ def show(account: str | None, data_dir: Path | None, as_json: bool) -> None:
             ("credit limit", format_credits(found.credit_limit)),
             *money,
             ("open sessions", balance["open_sessions"]),
+            *preferences.pairs(found.preferences),
             ("keys", ", ".join(in_force) or "-"),
         ],
     )
@@ -112,7 +145,12 @@ def show(account: str | None, data_dir: Path | None, as_json: bool) -> None:
 
 def _document(account: Any) -> dict[str, Any]:
     limit = account.credit_limit
-    return {**asdict(account), "credit_limit": format_credits(limit), "credit_limit_micros": limit}
+    return {
+        **asdict(account),
+        "credit_limit": format_credits(limit),
+        "credit_limit_micros": limit,
+        "preferences": preferences.document(account.preferences),
+    }
 
 
 def balance_document(balance: Any) -> dict[str, Any]:
@@ -132,6 +170,15 @@ async def _set_policy(ctx: Context, account: str, policy: Policy, limit: int | N
 
     found = await admin.find_account(ctx.pool, account)
     return found, await policies.change(ctx.pool, ctx.ledger, found.id, policy, limit)
+
+
+async def _prefer(ctx: Context, account: str, lists: preferences.Lists, clear: bool) -> tuple[Any, Changed, list[str]]:
+    from accounts import admin
+    from accounts.preference_admin import prefer_account
+
+    found = await admin.find_account(ctx.pool, account)
+    changed = await prefer_account(ctx.pool, ctx.redis, found.id, lists, clear=clear)
+    return found, changed, preferences.unknown(ctx.settings, changed.preferences)
 
 
 async def _read(ctx: Context, account: str) -> tuple[Any, dict[str, Any], list[Any]]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from gateway.cli import prefer as preferences
 from gateway.cli.context import Context, data_dir_option, with_stores
 from gateway.cli.output import emit_json, facts, json_option, note, table
+
+if TYPE_CHECKING:
+    from accounts.preference_admin import Changed
 
 _LIMIT = click.IntRange(1, 1_000_000)
 
@@ -81,20 +85,59 @@ def list_(account: str | None, data_dir: Path | None, as_json: bool) -> None:
     found, own = with_stores(data_dir, "reading the keys", work)
     states = [_state(key, own) for key in found]
     if as_json:
-        emit_json({"keys": [{**asdict(key), "state": state} for key, state in zip(found, states, strict=True)]})
+        emit_json({"keys": [_document(key, state) for key, state in zip(found, states, strict=True)]})
         return
     rows = [
-        (key.id, key.name, key.account_id, state, key.requests_per_minute, key.parallel_sessions, key.created_at)
+        (
+            key.id, key.name, key.account_id, state, key.requests_per_minute, key.parallel_sessions, key.created_at,
+            preferences.brief(key.preferences),
+        )
         for key, state in zip(found, states, strict=True)
-    ]
-    columns = ("id", "name", "account", "state", "per minute", "parallel", "created (UTC)")
+    ]  # fmt: skip
+    columns = ("id", "name", "account", "state", "per minute", "parallel", "created (UTC)", "providers")
     table("Keys", columns, rows, right=("per minute", "parallel"))
+
+
+def _document(key: Any, state: str) -> dict[str, Any]:
+    return {**asdict(key), "state": state, "preferences": preferences.document(key.preferences)}
 
 
 def _state(key: Any, own_fingerprint: str) -> str:
     if key.revoked_at is not None:
         return "revoked"
     return "valid" if key.pepper_fingerprint == own_fingerprint else "other secret"
+
+
+@keys.command(short_help="Say which providers may answer a key.")
+@click.argument("key_id")
+@preferences.preference_options
+@data_dir_option
+@json_option
+def prefer(key_id: str, clear: bool, data_dir: Path | None, as_json: bool, **lists: tuple[str, ...] | None) -> None:
+    """Say which providers may answer the key with the id KEY_ID, within what its account allows.
+
+    NAMES are `provider` or `provider/model`, with commas between them. Each option replaces its list; an empty one
+    (`--allow ""`) takes it away. `tollgate keys list` shows what keys say.
+
+    \b
+    Example:
+      tollgate keys prefer 3fT9kQ2a --allow openai,azure/gpt-4o
+    """
+    said = preferences.given(lists, clear)
+
+    async def work(ctx: Context) -> tuple[Changed, list[str]]:
+        from accounts.preference_admin import prefer_key
+
+        changed = await prefer_key(ctx.pool, ctx.redis, key_id, said, clear=clear)
+        return changed, preferences.unknown(ctx.settings, changed.preferences)
+
+    changed, unknown = with_stores(data_dir, "setting the preferences", work)
+    shown = preferences.document(changed.preferences)
+    if as_json:
+        emit_json({"id": key_id, "account_id": changed.account_id, "preferences": shown, "unknown": unknown})
+        return
+    facts(f"Key {key_id}", preferences.pairs(changed.preferences))
+    preferences.warn(unknown)
 
 
 @keys.command(short_help="Refuse a key from now on.")

@@ -64,12 +64,52 @@ def list_(account: str | None, limit: int, data_dir: Path | None, as_json: bool)
     table("Sessions", columns, rows, right=("prompt", "output", "credits", "ms"))
 
 
+@sessions.command("show", short_help="Show one finished session with its attempts.")
+@click.argument("session")
+@data_dir_option
+@json_option
+def show(session: str, data_dir: Path | None, as_json: bool) -> None:
+    """Show one finished session: what it cost, and every attempt at a provider in it, with its outcome and its cost.
+
+    \b
+    Example:
+      tollgate sessions show 01a1fbb6-34cd-7cce-a03d-fe5e61e34734
+    """
+
+    async def work(ctx: Context) -> dict[str, Any] | None:
+        rows = await ctx.pool.fetch(f"{_SELECT} WHERE sid = $1", session)
+        return _finished_document(dict(rows[0])) if rows else None
+
+    found = with_stores(data_dir, "reading the session", work)
+    if found is None:
+        raise click.ClickException(f"there is no finished session '{session[:64]}'. See: tollgate sessions list")
+    if as_json:
+        emit_json(found)
+        return
+    names = ("id", "account_id", "state", "route", "prompt_tokens", "output_tokens", "source", "charged", "duration_ms")
+    table("Session", ("field", "value"), [(name, found[name]) for name in names])
+    columns = ("provider", "model", "outcome", "status", "first ms", "ms", "prompt", "output", "house credits")
+    table("Attempts", columns, [_attempt(each) for each in found["metadata"].get("attempts", ())], right=columns[4:])
+
+
+def _attempt(each: dict[str, Any]) -> tuple[Any, ...]:
+    cost = each.get("cost")
+    return (
+        each["provider"], each["model"], each["outcome"], each["status"], each.get("first_content_ms"), each["ms"],
+        each.get("prompt"), each.get("output"), None if cost is None else format_credits(cost),
+    )  # fmt: skip
+
+
+_SELECT = (
+    f"SELECT {', '.join(_FIELDS)}, (SELECT coalesce(sum(correction.charged), 0)::bigint"  # noqa: S608  (our columns)
+    " FROM correction WHERE correction.sid = session.sid) AS corrected FROM session"
+)
+
+
 async def _finished(ctx: Context, account_id: str | None, limit: int) -> list[dict[str, Any]]:
     """Rows of the journal's session table, newest first (a session id begins with its time)."""
     rows = await ctx.pool.fetch(
-        f"SELECT {', '.join(_FIELDS)}, (SELECT coalesce(sum(correction.charged), 0)::bigint"  # noqa: S608  (our columns)
-        " FROM correction WHERE correction.sid = session.sid) AS corrected FROM session"
-        " WHERE $1::text IS NULL OR account_id = $1 ORDER BY month DESC, sid DESC LIMIT $2",
+        f"{_SELECT} WHERE $1::text IS NULL OR account_id = $1 ORDER BY month DESC, sid DESC LIMIT $2",
         account_id, limit,
     )  # fmt: skip
     return [_finished_document(dict(row)) for row in rows]

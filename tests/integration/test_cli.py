@@ -51,9 +51,9 @@ LEAVES = [path for path, _ in leaves(root)]
 
 def test_all_commands_are_there() -> None:
     assert {" ".join(path) for path in LEAVES} == {
-        "serve", "simulate", "db upgrade", "accounts create", "accounts show", "accounts policy", "keys create",
-        "keys list", "keys revoke", "credits grant", "credits adjust", "credits show", "grants list", "grants revoke",
-        "sessions list", "audit", "rebuild",
+        "serve", "simulate", "db upgrade", "accounts create", "accounts show", "accounts policy", "accounts prefer",
+        "keys create", "keys list", "keys prefer", "keys revoke", "credits grant", "credits adjust", "credits show",
+        "grants list", "grants revoke", "sessions list", "sessions show", "audit", "rebuild",
     }  # fmt: skip
 
 
@@ -127,8 +127,44 @@ def test_tables_and_facts_are_for_people(document: Callable[..., Any], run: Run)
     assert account["id"] in run("accounts", "show")[1]
 
 
+def test_preferences_of_account_and_key_are_set_shown_and_reach_the_key(
+    document: Callable[..., Any], run: Run, data_dir: Path
+) -> None:
+    account = document("accounts", "create", "Picky")
+    made = document("keys", "create", "--account", account["id"])
+    said = document("accounts", "prefer", "Picky", "--exclude", "mock/x, groq", "--prefer", "mock", "--tag", "eu")
+    lists = {"allowed": None, "excluded": ["mock/x", "groq"], "preferred": ["mock"], "tags": ["eu"]}
+    warned = ["provider groq", "tag eu"]
+    assert said == {"account_id": account["id"], "preferences": lists, "keys": 1, "unknown": warned}
+    assert document("accounts", "show", "Picky")["preferences"] == lists
+    narrow = document("keys", "prefer", made["id"], "--allow", "mock")
+    own = {"allowed": ["mock"], "excluded": [], "preferred": [], "tags": []}
+    assert narrow == {"id": made["id"], "account_id": account["id"], "preferences": own, "unknown": []}
+    (listed,) = document("keys", "list", "--account", "Picky")["keys"]
+    assert listed["preferences"] == own
+    assert "allowed mock" in run("keys", "list", "--account", "Picky")[1]
+
+    async def authenticate(ctx: Context) -> Any:
+        store = KeyStore(ctx.redis, None, ctx.pepper, keys.fingerprint(ctx.pepper))
+        return await store.authenticate(f"Bearer {made['key']}".encode())
+
+    routing = on_stores(data_dir, authenticate).preferences
+    assert (routing.allowed, routing.excluded, routing.tags) == (("mock",), ("mock/x", "groq"), ("eu",))
+
+    code, out, err = run("accounts", "prefer", "Picky", "--tag", "")
+    assert (code, out.splitlines()[1:]) == (
+        0, ["  excluded          mock/x, groq", "  preferred         mock", "  keys that follow  1"],
+    )  # fmt: skip
+    assert err == "warning: the configuration has no provider groq; this becomes effective once it has.\n"
+    assert document("accounts", "prefer", "Picky", "--clear")["preferences"] is None
+    code, out, err = run("keys", "prefer", made["id"], "--clear")
+    assert (code, err) == (0, "")
+    assert "any, in the order of their routes" in out
+    assert on_stores(data_dir, authenticate).preferences is None
+
+
 def test_sessions_are_listed_while_they_run_and_when_the_journal_has_them(
-    document: Callable[..., Any], data_dir: Path
+    document: Callable[..., Any], run: Run, data_dir: Path
 ) -> None:
     account = document("accounts", "create", "Streamer")
     document("credits", "grant", account["id"], "1")
@@ -136,6 +172,9 @@ def test_sessions_are_listed_while_they_run_and_when_the_journal_has_them(
     sid = f"{int(time.time() * 1000):012x}"
     sid = f"{sid[:8]}-{sid[8:]}-7000-8000-000000000001"
     metadata = b'{"request_id":"r1","route":"gpt-4o-mini","stream":true,"price_version":"p1","counted_prompt":5}'
+    attempts = b"""[{"provider":"one","model":"m1","outcome":"stall","status":200,"ms":900,
+        "first_content_ms":null,"prompt":5,"output":0,"cost":7},{"provider":"two","model":"m2","outcome":"completed","status":200,"ms":80,
+        "first_content_ms":30,"prompt":5,"output":3,"cost":null}]"""
 
     async def hold(ctx: Context) -> int:
         request = HoldRequest(sid, ref, "key00001", 500, 1, 5, "hash", "owner", "p1", metadata)
@@ -149,7 +188,8 @@ def test_sessions_are_listed_while_they_run_and_when_the_journal_has_them(
     assert sid in {one["id"] for one in document("sessions", "list", "--limit", "10000")["sessions"]}
 
     async def settle(ctx: Context) -> None:
-        await ctx.ledger.settle(SessionRef(sid, ref, "key00001", fence), 123, "completed")
+        told = metadata[:-1] + b',"attempts":' + attempts + b"}"
+        await ctx.ledger.settle(SessionRef(sid, ref, "key00001", fence), 123, "completed", told)
         flusher = Flusher(ctx.redis, ctx.stores.database_url)
         await flusher.drain()
         await flusher.aclose()
@@ -159,6 +199,17 @@ def test_sessions_are_listed_while_they_run_and_when_the_journal_has_them(
     assert (finished["state"], finished["charged_micros"], finished["charged"]) == ("completed", 123, "0.000123")
     assert finished["metadata"]["request_id"] == "r1"
     assert document("sessions", "list", "--account", account["id"], "--limit", "1")["sessions"] == [finished]
+    assert document("sessions", "show", sid) == finished
+    code, out, err = run("sessions", "show", sid)
+    assert (code, err) == (0, "")
+    rows = [[cell for cell in map(str.strip, line.split("│")) if cell] for line in out.splitlines()]
+    assert [row for row in rows if row[:1] in (["one"], ["two"])] == [
+        ["one", "m1", "stall", "200", "-", "900", "5", "0", "0.000007"],
+        ["two", "m2", "completed", "200", "30", "80", "5", "3", "-"],
+    ]
+    code, out, err = run("sessions", "show", "no-such")
+    assert (code, out) == (1, "")
+    assert "there is no finished session 'no-such'" in err
 
 
 def test_the_audit_passes_and_fails_on_one_micro(document: Callable[..., Any], run: Run, data_dir: Path) -> None:
@@ -195,6 +246,11 @@ def test_the_audit_passes_and_fails_on_one_micro(document: Callable[..., Any], r
         (("keys", "revoke", "'; DROP TABLE api_key"), 1, "8 characters"),
         (("keys", "create"), 2, "Missing option '--account'"),
         (("keys", "create", "--account", "x", "--parallel-sessions", "0"), 2, "--parallel-sessions"),
+        (("accounts", "prefer", "nobody", "--clear"), 1, "no account with the id or name 'nobody'"),
+        (("accounts", "prefer", "x"), 2, "Say what to change"),
+        (("accounts", "prefer", "x", "--allow", "a,,b"), 2, "'' is not a provider"),
+        (("keys", "prefer", "00000000", "--tag", "e u"), 2, "'e u' is not a tag"),
+        (("keys", "prefer", "00000000", "--clear"), 1, "no key with the id '00000000'"),
         (("credits", "grant", "x", "NaN"), 2, "at most six decimals"),
         (("credits", "grant", "x", "--", "-1"), 2, "more than 0"),
         (("credits", "grant", "x", "1", "--expires", "soon"), 2, "2026-12-31"),

@@ -27,13 +27,14 @@ from metering.expirer import Expirer
 from metering.journal import Alarm, Flusher
 from metering.ledger import Expired, Swept
 from metering.online_audit import OnlineAudit
+from metering.outbox_watch import memory_percent
 from metering.recovery import Recovery
 from metering.redis_ledger import RedisLedger
 from metering.status import STATUS_KEY, STATUS_TTL_S, JournalReport
 from metering.sweeper import Sweeper
 from storage.database import FAILED, connect_pool
 from storage.redis_client import RedisError
-from storage.redis_open import Redis, open_redis, servers
+from storage.redis_open import Redis, open_redis
 
 log = structlog.get_logger()
 
@@ -160,24 +161,13 @@ async def _publish(redis: Redis, flusher: Flusher, recovery: Recovery, audit: On
                 oldest_age_ms=status.oldest_age_ms,
                 dead=status.dead,
                 stopped_shards=len(status.stopped_shards),
-                memory_percent=await _memory_percent(redis),
+                memory_percent=await memory_percent(redis),
                 frozen_shards=recovery.frozen,
             )
             await redis.call("SET", STATUS_KEY, msgspec.json.encode(report), "EX", STATUS_TTL_S)
         except RedisError:
             log.warning("the journal's state could not be published: redis is unavailable")
         await asyncio.sleep(STATUS_EVERY_S)
-
-
-async def _memory_percent(redis: Redis) -> int:
-    """Memory in use, in percent of maxmemory; 0 where no maximum is set. Of several servers the fullest counts."""
-    infos = await asyncio.gather(*(server.call("INFO", "memory") for server in servers(redis)))
-    return max(_percent(dict(line.split(b":", 1) for line in info.splitlines() if b":" in line)) for info in infos)
-
-
-def _percent(fields: dict[bytes, bytes]) -> int:
-    most = int(fields.get(b"maxmemory", b"0"))
-    return int(fields[b"used_memory"]) * 100 // most if most else 0
 
 
 async def _apply_grants(database_url: str, ledger: RedisLedger) -> None:

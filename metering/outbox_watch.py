@@ -116,15 +116,28 @@ class OutboxWatch:
     async def _percent_at(self, server: Server) -> int:
         """The outbox's share of a server's maxmemory, 0 where none is set. What is in use in all, where that is below
         the bound: the outbox is asked for only when it could matter."""
-        info = await server.call("INFO", "memory")
-        fields = dict(line.split(b":", 1) for line in info.splitlines() if b":" in line)
-        most, used = int(fields.get(b"maxmemory", b"0")), int(fields[b"used_memory"])
-        if not most:
-            return 0
-        percent = used * 100 // most
+        used, most = await _memory(server)
+        percent = _percent(used, most)
         if not fills_bound(self._limits, percent, already=True):
             return percent
-        return min(used, await _bytes_at(server, used)) * 100 // most
+        return _percent(min(used, await _bytes_at(server, used)), most)
+
+
+async def memory_percent(redis: Redis) -> int:
+    """All memory in use, in percent of maxmemory; 0 where no maximum is set. Of several servers the fullest counts.
+    Raises RedisError."""
+    return max(_percent(*pair) for pair in await asyncio.gather(*(_memory(server) for server in servers(redis))))
+
+
+async def _memory(server: Server) -> tuple[int, int]:
+    """Bytes that the server uses, and its maximum, 0 for none."""
+    info = await server.call("INFO", "memory")
+    fields = dict(line.split(b":", 1) for line in info.splitlines() if b":" in line)
+    return int(fields[b"used_memory"]), int(fields.get(b"maxmemory", b"0"))
+
+
+def _percent(used: int, most: int) -> int:
+    return used * 100 // most if most else 0
 
 
 async def _bytes_at(server: Server, used: int) -> int:

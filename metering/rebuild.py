@@ -260,10 +260,7 @@ class Rebuilder:
     async def _mark_one(self, row: Any) -> None:
         name = SHARDS[row["shard"]].session + row["sid"]
         if not await self._redis.call("EXISTS", name):
-            fence = receipts.fence_of(row["content"])
-            fields = {"st": "T", "f": fence, "u": row["account_id"], "k": row["key_id"], "ts": fence, "n": row["n"]}
-            fields |= {"m": row["metered"], "o": row["outcome"], "c": row["charged"], "ab": row["absorbed"]}
-            await self._redis.call("HSET", name, *(word for pair in fields.items() for word in pair))
+            await self._redis.call("HSET", name, *(word for pair in _ended(row).items() for word in pair))
             await self._redis.call("PEXPIRE", name, DAY_MS)
 
     async def _apply_all(self, connection: Connection, done: Rebuilt, found: Sequence[Receipt]) -> None:
@@ -311,6 +308,18 @@ class Rebuilder:
                 await asyncio.gather(*sent)
                 sent.clear()
         await asyncio.gather(*sent)
+
+
+def _ended(row: Any) -> dict[str, str | int]:
+    """The fields of a session that ended, as its script left them, and those of its correction."""
+    fields = {"st": "T", "f": receipts.fence_of(row["content"]), "u": row["account_id"], "k": row["key_id"]}
+    fields |= {"o": row["outcome"], "c": row["charged"], "ab": row["absorbed"], "n": row["n"]}
+    if row["outcome"] == "swept":
+        fields["te"] = grants.to_ms(row["ended_at"])
+    if row["corrected"] is not None:
+        fields |= {"c": row["charged"] + row["more"], "ab": row["absorbed"] + row["more_absorbed"]}
+        fields |= {"cr": row["corrected"], "cc": row["more"], "ca": row["more_absorbed"]}
+    return fields
 
 
 _RENEW = """

@@ -265,13 +265,18 @@ async def unarrived(connection: Connection, shards: Sequence[int]) -> list[tuple
     return sorted(found, key=lambda pair: (pair[0].epoch, pair[0].entry, pair[0].fence))
 
 
+_ENDED = """
+    SELECT s.sid, s.shard, s.account_id, s.key_id, s.outcome, s.charged, s.absorbed, s.n, s.ended_at,
+        r.content, c.n AS corrected, c.charged AS more, c.absorbed AS more_absorbed
+    FROM receipt r JOIN session s ON s.month = r.month AND s.sid = r.sid
+    LEFT JOIN correction c ON s.outcome = 'swept' AND c.sid = s.sid AND c.account_id = s.account_id
+    WHERE r.shard = ANY($1::smallint[])"""
+
+
 async def ended(connection: Connection, shards: Sequence[int]) -> list[Any]:
-    """Sessions of receipts that Postgres has: their rows, and the receipt's `content`."""
-    return await connection.fetch(
-        "SELECT s.sid, s.shard, s.account_id, s.key_id, s.outcome, s.charged, s.absorbed, s.metered, s.n, r.content "
-        "FROM receipt r JOIN session s ON s.month = r.month AND s.sid = r.sid WHERE r.shard = ANY($1::smallint[])",
-        list(shards),
-    )
+    """Sessions of receipts that Postgres has: their rows, the receipt's `content`, and of the correction that has
+    arrived `corrected` (its entry), `more` and `more_absorbed` (micros), which are None without one."""
+    return await connection.fetch(_ENDED, list(shards))
 
 
 def fence_of(content: str) -> int:

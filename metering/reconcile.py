@@ -11,7 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final, Literal, Protocol
 
 from metering import audit_queries as rows
 from metering.journal_store import Cursor
@@ -46,32 +46,32 @@ class Redis(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One thing that is not as it must be. `micros` is the distance of two amounts, 0 where they are no amounts."""
+    """One thing that is not as it must be: `found` is there instead of `expected`. Between the stores these are what
+    Redis has and what Postgres has, which is the ledger; `inside` names the store whose own rule is broken.
+    `micros` is the distance of two amounts, 0 where they are no amounts."""
 
     account: str
     what: str
-    redis: Value
-    postgres: Value
+    found: Value
+    expected: Value
     micros: int
+    inside: Literal["redis", "postgres"] | None = None
 
     @property
-    def expected(self) -> Value:
-        """What had to be there: what a rule of one store asks for, else what Postgres has, which is the ledger."""
-        asked = self.redis if _asks(self.redis) else self.postgres
-        text = str(asked).removeprefix(_EXPECTED)
-        return asked if not _asks(asked) else int(text) if text.lstrip("-").isdigit() else text
+    def redis(self) -> Value:
+        """What a table says of Redis: what it has, or what a rule of Postgres asks for."""
+        return _asked(self.expected) if self.inside == "postgres" else self.found
 
     @property
-    def found(self) -> Value:
-        """What is there instead."""
-        return self.postgres if _asks(self.redis) else self.redis
+    def postgres(self) -> Value:
+        """What a table says of Postgres: what it has, or what a rule of Redis asks for."""
+        if self.inside == "postgres":
+            return self.found
+        return _asked(self.expected) if self.inside == "redis" else self.expected
 
 
-_EXPECTED: Final = "expected "
-
-
-def _asks(value: Value) -> bool:
-    return isinstance(value, str) and value.startswith(_EXPECTED)
+def _asked(value: Value) -> Value:
+    return None if value is None else f"expected {value}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ class _Account:
     def holds(self, what: str, redis: int, expected: int) -> None:
         """An invariant inside of Redis; both values are its own."""
         if redis != expected:
-            self.found.append(Difference(self.id, what, redis, f"{_EXPECTED}{expected}", abs(redis - expected)))
+            self.found.append(Difference(self.id, what, redis, expected, abs(redis - expected), "redis"))
 
 
 async def audit(
@@ -185,8 +185,7 @@ async def _positions(pool: Pool, redis: Redis) -> list[Difference]:
 def _found(finding: rows.Finding) -> Difference:
     both = isinstance(finding.expected, int) and isinstance(finding.found, int)
     micros = abs(int(finding.expected or 0) - int(finding.found or 0)) if both else 0
-    expected = None if finding.expected is None else f"{_EXPECTED}{finding.expected}"
-    return Difference(finding.account, finding.what, expected, finding.found, micros)
+    return Difference(finding.account, finding.what, finding.found, finding.expected, micros, "postgres")
 
 
 async def _in_redis(redis: Redis) -> set[tuple[str, int]]:

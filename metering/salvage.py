@@ -74,9 +74,11 @@ def _same(fields: Mapping[bytes, bytes], row: Any) -> bool:
 
 async def shard(redis: Redis, connection: Connection, number: int, sessions: Sequence[bytes]) -> set[bytes]:
     """Write receipts of everything that survived in one shard. `sessions` are the names of its session keys; answers
-    those of them that must stay: tombstones, and ended sessions that Postgres has."""
+    those of them that must stay: tombstones, and ended sessions that Postgres has. Swept ones do not stay, they are
+    made anew by their receipts: Postgres may have a correction that Redis has not, and it must not come twice."""
     found = {one.session: one async for one in _outbox(redis, number)}
     ended: dict[str, bytes] = {}
+    swept: dict[str, Receipt] = {}
     kept: set[bytes] = set()
     async for name, fields in _sessions(redis, sessions):
         sid = name[len(SHARDS[number].session) :].decode(errors="replace")
@@ -86,14 +88,16 @@ async def shard(redis: Redis, connection: Connection, number: int, sessions: Seq
             kept.add(name)
         elif fields.get(b"st") == b"T":
             ended[sid] = name
+            if fields.get(b"o") == b"swept":
+                swept[sid] = _hold(number, sid, fields)
         elif fields.get(b"st") == b"H":
             held = _hold(number, sid, fields)
             found[sid] = _joined(found[sid], held) if sid in found else held
     known = {one.session: one for one, _ in await receipts.unarrived(connection, [number])}
     merged = [_joined(known[sid], one) if sid in known else one for sid, one in found.items()]
-    await receipts.save(connection, merged)
     arrived = await _arrived(connection, {sid: name for sid, name in ended.items() if sid not in known})
-    return kept | {ended[sid] for sid in arrived}
+    await receipts.save(connection, [*merged, *(swept[sid] for sid in arrived & swept.keys())])
+    return kept | {ended[sid] for sid in arrived - swept.keys()}
 
 
 async def _sessions(redis: Redis, names: Sequence[bytes]) -> AsyncIterator[tuple[bytes, dict[bytes, bytes]]]:

@@ -1,7 +1,8 @@
 #!lua flags=allow-oom
 -- void: returns the whole hold and charges nothing. An unknown session gets a tombstone for a day, without a journal
 -- entry, so that a reserve that was delayed on its way is refused when it comes.
--- `fence` 0 says that reserve's answer never came: accepted while the session has made no progress.
+-- `fence` 0 says that reserve's answer never came: accepted while the session has made no progress, and again
+-- once it is voided.
 -- USES: words
 -- KEYS: meta account order grants session leases limits outbox
 -- ARGV: ep uid sid kid fence metadata
@@ -26,6 +27,9 @@ if not row[1] then
 end
 if row[1] == 'V' then return { 'TOMBSTONE' } end
 if row[3] ~= uid or row[4] ~= kid then return { 'BOUNDS', 'session' } end
-if row[2] ~= fence and not (fence == '0' and row[1] == 'H' and row[7] == '0') then return { 'FENCED' } end
+if row[2] ~= fence and not (fence == '0' and (row[1] == 'H' and row[7] == '0'
+  or row[1] == 'T' and call('HGET', session, 'o') == 'void')) then
+  return { 'FENCED' }
+end
 local charge, outcome = 0, 'void'
 -- HERE: finish

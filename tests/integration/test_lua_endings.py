@@ -218,6 +218,22 @@ async def test_voiding_without_a_fence_is_for_a_reserve_whose_answer_was_lost(st
     assert await stand.ledger.void(other) == Settled(0, 0, 40, 2)
 
 
+async def test_a_repeated_void_without_a_fence_answers_what_the_first_did(stand: Stand) -> None:
+    await stand.grant("g", 100)
+    ref = msgspec.structs.replace(await stand.hold("s1", 60), fence=0)
+    assert await stand.ledger.void(ref) == Settled(0, 0, 100, 2)
+    before = await stand.state()
+    assert await stand.ledger.void(ref) == Settled(0, 0, 100, 2, repeated=True)
+    assert await stand.state() == before
+
+
+async def test_a_void_without_a_fence_is_told_nothing_of_a_session_that_its_owner_settled(stand: Stand) -> None:
+    await stand.grant("g", 100)
+    ref = await stand.hold("s1", 60)
+    await stand.ledger.settle(ref, 9, "completed")
+    assert await stand.ledger.void(msgspec.structs.replace(ref, fence=0)) == Gone("fenced")
+
+
 async def test_voiding_a_settled_session_tells_its_charge(stand: Stand) -> None:
     await stand.grant("g", 100)
     ref = await stand.hold("s1", 60)

@@ -12,7 +12,7 @@ import pytest
 
 from config.settings import Metering
 from metering.keys import SHARDS
-from metering.outbox_watch import OutboxWatch
+from metering.outbox_watch import OutboxWatch, memory_percent
 from metering.status import STATUS_KEY, JournalReport, Outbox, Over
 from storage.redis_client import RedisClient
 from storage.redis_open import Redis, open_redis
@@ -87,6 +87,15 @@ async def test_by_the_report_it_opens_and_closes_once_each_and_does_not_flap(red
         assert watch.report is not None
         assert watch.report.oldest_age_ms == age_s * 1000
     assert changes == [("journal_age", (11_000, 0)), (None, (9_000, 0))]
+
+
+async def test_all_memory_in_use_is_told_in_percent_of_its_maximum_and_as_none_without_one(redis: RedisClient) -> None:
+    before = await memory_percent(redis)
+    for number in range(32):
+        await redis.call("SET", f"other:{number}", MIB)
+    assert 50 <= await memory_percent(redis) - before <= 75
+    await redis.call("CONFIG", "SET", "maxmemory", 0)
+    assert await memory_percent(redis) == 0
 
 
 async def test_memory_that_others_use_is_not_the_outboxs(redis: RedisClient) -> None:

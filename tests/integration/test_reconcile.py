@@ -163,6 +163,23 @@ async def test_a_journal_that_does_not_arrive_is_a_difference_after_the_wait(sta
     assert (await audited(stack)).ok
 
 
+async def test_a_difference_says_what_had_to_be_there_what_is_there_and_in_which_store(stack: Stack) -> None:
+    account = await busy_account(stack)
+    await stack.redis.call("HINCRBY", SHARDS[account.shard].account + account.id, "av", -1)
+    await tamper(stack, "UPDATE session SET charged = charged + 1 WHERE n = 3")
+    found = {one.what.split(":")[0]: one for one in (await audited(stack)).differences}
+    left, charged = (await stack.ledger.balance(account)).available, found["charged (sessions)"].found
+    rule = found["I2 available is the sum of the grants"]
+    assert (rule.found, rule.expected, rule.redis, rule.postgres) == (left, left + 1, left, f"expected {left + 1}")
+    rule = found["a session's charge is what its entry earned"]
+    assert isinstance(rule.expected, int)
+    shown = (f"expected {rule.expected}", rule.expected - 1)
+    assert (rule.found, rule.redis, rule.postgres) == (rule.expected - 1, *shown)
+    across = found["charged (sessions)"]
+    assert isinstance(charged, int)
+    assert (across.found, across.expected, across.redis, across.postgres) == (charged, charged + 1) * 2
+
+
 async def test_a_dead_entry_is_a_difference(stack: Stack) -> None:
     await busy_account(stack)
     await stack.redis.call("XADD", SHARDS[0].outbox, "1-1", "t", "nonsense")

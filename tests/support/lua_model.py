@@ -188,8 +188,8 @@ class Model(Credit):
             session = self.sessions[ref.session] = Session("V")
         if session.state == "V":
             return Gone("unknown")
-        nameless = ref.fence == 0 and session.state == "H" and session.q == 0
-        if ref.fence != session.fence and not nameless:
+        unknown_owner = (session.state == "H" and session.q == 0) or session.outcome == "void"
+        if ref.fence != session.fence and not (ref.fence == 0 and unknown_owner):
             return Gone("fenced")
         if session.state == "T":
             return self.repeat(session) if session.outcome == "void" else Gone("final", session.charged)

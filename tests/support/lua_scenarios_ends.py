@@ -203,6 +203,9 @@ async def voiding_without_a_fence_is_for_sessions_that_never_went_on(stand: Stan
     await unchanged(stand, "void", [b"FENCED"], fence="0")
     other = msgspec.structs.replace(await stand.hold("s2", 10), fence=0)
     assert await stand.ledger.void(other) == Settled(0, 0, 40, 2)
+    assert await stand.ledger.void(other) == Settled(0, 0, 40, 2, repeated=True)
+    await stand.ledger.settle(ref, 7, "completed")
+    await unchanged(stand, "void", [b"FENCED"], fence="0")
 
 
 @scenario

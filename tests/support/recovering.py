@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from metering import receipts, reconcile
 from metering.ledger import AccountRef, Gone, Held, HoldRequest, LedgerUnavailable, Progressed, SessionRef, Settled
@@ -158,10 +157,9 @@ async def go_back(redis: RedisClient, past: Snapshot) -> None:
     await redis.call("SET", VERIFIED_KEY, "another")
 
 
-async def agree(stack: Stack, told: dict[str, int], stopped: Any = None) -> None:
+async def agree(stack: Stack, told: dict[str, int]) -> None:
     """Everything that was told is in Postgres, once and to the micro, and the books balance to the last one."""
-    flusher = stack.flusher()
-    await flusher.drain()
+    await stack.drained()
     rows = {row["sid"]: row["charged"] for row in await stack.pool.fetch("SELECT sid, charged FROM session")}
     assert {sid: rows.get(sid) for sid in told} == told
     ledger = RedisLedger(stack.redis)

@@ -22,11 +22,11 @@ import msgspec
 
 from config.price import CompiledPrice, Rates, TierRates
 from config.prices import Price, PriceTier
-from config.routing import Candidate, Route
+from config.routing import Candidate, Feature, Route
 from config.settings import ConfigError, Settings
 
 if TYPE_CHECKING:
-    from genai_prices.types import ModelPrice, TieredPrices
+    from genai_prices.types import ModelInfo, ModelPrice, TieredPrices
 
 _DECIMAL = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,12})?")
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
@@ -35,10 +35,12 @@ _TOKEN_CLASSES: Final = (
     ("input", "input_mtok"),
     ("cached_input", "cache_read_mtok"),
     ("cache_write", "cache_write_mtok"),
+    ("cache_write_1h", "cache_write_1h_mtok"),
     ("output", "output_mtok"),
     ("reasoning", "output_reasoning_mtok"),
     ("audio_input", "input_audio_mtok"),
     ("audio_output", "output_audio_mtok"),
+    ("image_output", "output_image_mtok"),
 )
 """Our token classes and the names that genai-prices gives them (USD per million tokens there)."""
 
@@ -49,19 +51,27 @@ _PARENT: Final = {
     "audio_input": "input",
     "reasoning": "output",
     "audio_output": "output",
+    "image_output": "output",
 }
-"""Whose price a class takes when it has none (contract 2)."""
+"""Whose price a class takes when it has none (contract 2). `cache_write_1h` is reckoned: see `_hour`."""
+_HOUR_BY_WRITE, _HOUR_BY_INPUT = Decimal("1.6"), Decimal(2)
+"""What Anthropic asks for writes that last an hour: twice the input's price, where five minutes cost 1.25 times it."""
 
 
 class PricedCandidate(msgspec.Struct, frozen=True, kw_only=True):
     """One upstream of a route. `price` is what the user pays, `cost` what the house pays (None: unknown); `source`
-    says where the price came from: a configuration key, or `genai-prices:<provider>`."""
+    says where the price came from: a configuration key, or `genai-prices:<provider>`. `context_tokens` is the largest
+    prompt it takes, as configured or else as genai-prices lists it (None: unknown); `weight` and `features` are as
+    configured."""
 
     provider: str
     model: str
     price: CompiledPrice
     cost: CompiledPrice | None
     source: str
+    weight: float = 1.0
+    context_tokens: int | None = None
+    features: tuple[Feature, ...] | None = None
 
 
 class PricedRoute(msgspec.Struct, frozen=True, kw_only=True):
@@ -184,6 +194,9 @@ class _Compiler:
             price=found[0],
             cost=cost[0] if cost else self._listed(candidate, self._per_usd),
             source=found[1],
+            weight=candidate.weight,
+            context_tokens=candidate.context_tokens or self._context(candidate),
+            features=candidate.features,
         )
 
     def _price_provider(self, candidate: Candidate) -> str | None:
@@ -195,8 +208,13 @@ class _Compiler:
         kind = self._settings.providers[candidate.provider].kind
         return f"genai-prices has none for '{name}'" if name else f"there is no list of prices for the kind '{kind}'"
 
-    def _listed(self, candidate: Candidate, factor: Fraction) -> CompiledPrice | None:
-        """The price in genai-prices, times `factor`; None without both an input and an output price."""
+    def _context(self, candidate: Candidate) -> int | None:
+        """The context window that genai-prices lists."""
+        model = self._model(candidate)
+        return model.context_window if model and (model.context_window or 0) > 0 else None
+
+    def _model(self, candidate: Candidate) -> ModelInfo | None:
+        """The model in genai-prices, or None when it does not know it."""
         name = self._price_provider(candidate)
         if name is None:
             return None
@@ -208,7 +226,11 @@ class _Compiler:
                 f"providers.{candidate.provider}.price_provider: genai-prices has no provider '{name}'. "
                 "Correct the name, or remove the key."
             )
-        model = provider.find_model(candidate.model)  # without all_providers: never another provider's price
+        return provider.find_model(candidate.model)  # without all_providers: never another provider's price
+
+    def _listed(self, candidate: Candidate, factor: Fraction) -> CompiledPrice | None:
+        """The price in genai-prices, times `factor`; None without both an input and an output price."""
+        model = self._model(candidate)
         if model is None:
             return None
         # Some prices change with the hour; one catalog serves all hours, so the dearest one counts.
@@ -272,8 +294,15 @@ def _factor(value: str, key: str) -> Fraction:
 
 def _rates(amounts: Mapping[str, Decimal], factor: Fraction) -> Rates:
     """Credits per million (times `factor`) to micros per million, rounded up. `input` and `output` must be there."""
-    filled = {name: amounts.get(name, amounts[_PARENT.get(name, name)]) for name, _ in _TOKEN_CLASSES}
+    defaults = {name: amounts[parent] for name, parent in _PARENT.items()}
+    filled = {**defaults, "cache_write_1h": _hour(amounts), **amounts}
     return Rates(**{name: math.ceil(Fraction(amount) * factor * _MICROS) for name, amount in filled.items()})
+
+
+def _hour(amounts: Mapping[str, Decimal]) -> Decimal:
+    """The price of a cache write that lasts an hour, where none is given: never below what Anthropic would ask."""
+    written = amounts.get("cache_write")
+    return amounts["input"] * _HOUR_BY_INPUT if written is None else written * _HOUR_BY_WRITE
 
 
 def _from_genai(price: ModelPrice, factor: Fraction) -> CompiledPrice | None:

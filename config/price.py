@@ -15,10 +15,12 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
     input: int
     cached_input: int
     cache_write: int
+    cache_write_1h: int
     output: int
     reasoning: int
     audio_input: int
     audio_output: int
+    image_output: int
 
 
 class TierRates(Rates, frozen=True, kw_only=True):

@@ -16,9 +16,11 @@ class PriceTier(Table, frozen=True):
     output: str
     cached_input: str | None = None
     cache_write: str | None = None
+    cache_write_1h: str | None = None
     reasoning: str | None = None
     audio_input: str | None = None
     audio_output: str | None = None
+    image_output: str | None = None
 
 
 class Price(Table, frozen=True):
@@ -28,9 +30,11 @@ class Price(Table, frozen=True):
     output: str
     cached_input: str | None = None
     cache_write: str | None = None
+    cache_write_1h: str | None = None
     reasoning: str | None = None
     audio_input: str | None = None
     audio_output: str | None = None
+    image_output: str | None = None
     image: str | None = None
     second: str | None = None
     character: str | None = None

@@ -11,7 +11,7 @@ from enum import IntEnum
 from typing import Literal
 
 from config.price import CompiledPrice
-from metering.pricing import MILLION, TokenUsage, cost, rates_for, sane
+from metering.pricing import MILLION, TokenUsage, at_least, cost, rates_for, sane
 from metering.token_counter import Encoder, StreamCounter
 
 COUNTERS_MAX = 1024
@@ -49,6 +49,7 @@ class Meter:
         "_prompt",
         "_prompt_kind",
         "_room_bytes",
+        "_seen",
         "_undo",
         "merged",
         "refused",
@@ -70,6 +71,7 @@ class Meter:
         self._undo: dict[_Key, StreamCounter] = {}
         self.reported: TokenUsage | None = None
         """The provider's usage, if one was believed and no text came after it."""
+        self._seen: TokenUsage | None = None  # the last one believed, whatever came after it
         self._high_water = 0
         self._limit: int | None = None
         self._room_bytes = 0  # bytes that fit `_limit` for certain, since the last look at the counters
@@ -92,26 +94,28 @@ class Meter:
         self._fresh_bytes += counter.feed(text)
 
     def counted(self) -> TokenUsage:
-        """Our own exact count of everything so far."""
-        if not self._counters:
-            return TokenUsage(self._prompt, 0, 0, 0, 0)
-        return self._usage([counter.total() for counter in self._counters.values()])
+        """Everything so far: our own exact count, and what the provider has reported beyond it (see `at_least`)."""
+        own = self._own()
+        return own if self._seen is None else at_least(own, self._seen)
 
     def counted_output(self) -> int:
-        """Output tokens so far, reasoning included, exact."""
-        return self.counted().output
+        """Output tokens so far by our own count alone, reasoning included, exact."""
+        return self._own().output
 
     def cost_now(self) -> int:
-        """Micros of everything so far by our own count, exact. Tokenises the unfinished words."""
+        """Micros of `counted()`, exact. Tokenises the unfinished words."""
         return cost(self._price, self.counted())
 
     def cost_upper(self) -> int:
         """Micros, at least `cost_now()`, without tokenising anything."""
+        if self._seen is not None:
+            return self._most(self._seen)
         return cost(self._price, self._usage([counter.upper() for counter in self._counters.values()]))
 
     def checkpoint(self) -> int:
         """What a progress report carries: `cost_now()`, but never less than an earlier checkpoint said (a word's
-        tokens can become fewer when it goes on)."""
+        tokens can become fewer when it goes on, and a report can say that much of the prompt was cached). What is
+        settled in the end may be less."""
         self._high_water = max(self._high_water, self.cost_now())
         return self._high_water
 
@@ -133,11 +137,15 @@ class Meter:
         self._counters.update(self._undo)
         self._undo.clear()
 
-    def report(self, usage: TokenUsage) -> str | None:
-        """The provider's usage; the last one believed wins over our count. Returns why it was refused, or None."""
+    def report(self, usage: TokenUsage, *, partial: bool = False) -> str | None:
+        """The provider's usage; the last one believed wins over our count, or is the least of it once text has come
+        after it. `partial`: it tells of a part, and is no more than that least. Returns why it was refused, or None."""
         self.refused = sane(usage)
         if self.refused is None:
-            self.reported = usage
+            self._seen = usage
+            self._room_bytes = -1  # what fits is looked at anew, once more text comes
+            if not partial:
+                self.reported = usage
         return self.refused
 
     def final(self) -> tuple[TokenUsage, Source]:
@@ -156,6 +164,11 @@ class Meter:
             key = _MERGED_REASONING if key[1] == Channel.REASONING else _MERGED_OUTPUT
         return key, self._counters.setdefault(key, StreamCounter(self._encoding))
 
+    def _own(self) -> TokenUsage:
+        if not self._counters:
+            return TokenUsage(self._prompt, 0, 0, 0, 0)
+        return self._usage([counter.total() for counter in self._counters.values()])
+
     def _usage(self, tokens: list[int]) -> TokenUsage:
         reasoning = sum(n for key, n in zip(self._counters, tokens, strict=True) if key[1] == Channel.REASONING)
         return TokenUsage(self._prompt, cached=0, cache_write=0, output=sum(tokens), reasoning=reasoning)
@@ -165,6 +178,8 @@ class Meter:
 
         In millionths of a micro, where `cost(...) <= limit` is `spent <= budget` without rounding.
         """
+        if self._seen is not None:
+            return self._room_above(self._seen, limit_micros)
         rates = rates_for(self._price, self._prompt)
         budget = (limit_micros - self._price.request) * MILLION - self._prompt * rates.input
         priced = [
@@ -178,3 +193,31 @@ class Meter:
             left = max(0, budget - sum([rate * counter.most() for rate, counter in priced]))
         dearest = max(rates.output, rates.reasoning)
         return left // dearest if dearest else 1 << 62
+
+    def _room_above(self, seen: TokenUsage, limit_micros: int) -> int:
+        """`_room` where a report is the least. To whole micros: a byte or two less than would fit."""
+        most = self._most(seen)
+        if most > limit_micros:
+            if self.cost_now() > limit_micros:
+                return -1
+            most = min(limit_micros, self._most(seen))
+        rates = rates_for(self._price, seen.prompt or self._prompt)
+        dearest = max(rates.output, rates.reasoning)
+        return (limit_micros - most) * MILLION // dearest if dearest else 1 << 62
+
+    def _most(self, seen: TokenUsage) -> int:
+        """Micros that the text so far can come to, less a token at the dearest rate for each byte to come.
+
+        Counted reasoning takes tokens off the rest of a reported output. Where it is the cheaper one, the cost falls
+        and then rises with it (it is convex), so that it is dearest at the least or at the most of it.
+        """
+        price = self._price
+        most = self._usage([counter.most() for counter in self._counters.values()])
+        upper = cost(price, at_least(most, seen))
+        rates = rates_for(price, seen.prompt or self._prompt)
+        if rates.reasoning < rates.output:
+            thoughts = [counter for key, counter in self._counters.items() if key[1] == Channel.REASONING]
+            least = sum([counter.least() for counter in thoughts])
+            fewer = TokenUsage(self._prompt, 0, 0, output=most.output - most.reasoning + least, reasoning=least)
+            upper = max(upper, cost(price, at_least(fewer, seen)))
+        return upper

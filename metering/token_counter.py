@@ -149,6 +149,10 @@ class StreamCounter:
         """At least `total()`, without tokenising anything: finished tokens and the bytes of the tail."""
         return self.most() if self._since else self._done + self._counted
 
+    def least(self) -> int:
+        """What `total()` cannot fall below, whatever comes: tokens of text before the last boundary."""
+        return self._done
+
     def most(self) -> int:
         """What `total()` can become, less a token for each byte of text to come: `upper()` and what the joint with
         that text may add, which is never more than the tail's bytes are."""

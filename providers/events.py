@@ -32,7 +32,11 @@ class Delta(msgspec.Struct):
 
 
 class ReportedUsage(msgspec.Struct):
-    """Token counts as the provider reported them (its whole truth, unchecked), and the JSON object itself."""
+    """Token counts as the provider reported them (its whole truth, unchecked), and the JSON object itself.
+
+    `cache_write_1h` is the part of `cache_write` that is kept for an hour. `partial`: the report tells only of what
+    there is so far, or not of all of it, and is never the last word.
+    """
 
     prompt: int | None
     output: int | None
@@ -41,6 +45,9 @@ class ReportedUsage(msgspec.Struct):
     reasoning: int = 0
     audio_input: int = 0
     audio_output: int = 0
+    cache_write_1h: int = 0
+    image_output: int = 0
+    partial: bool = False
     raw: bytes = b"{}"
 
 

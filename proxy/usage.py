@@ -28,19 +28,22 @@ def report(session: LiveSession, usage: ReportedUsage) -> None:
     if most is not None and usage.output is not None and usage.output > most:
         refused = f"more than {most} output tokens, which the request's limit rules out"
     elif meter is not None and usage.prompt is not None and usage.output is not None:
-        refused = meter.report(
-            TokenUsage(
-                prompt=usage.prompt,
-                cached=usage.cached,
-                cache_write=usage.cache_write,
-                output=usage.output,
-                reasoning=usage.reasoning,
-                audio_input=usage.audio_input,
-                audio_output=usage.audio_output,
-            )
+        charged = TokenUsage(
+            prompt=usage.prompt,
+            cached=usage.cached,
+            cache_write=usage.cache_write,
+            output=usage.output,
+            reasoning=usage.reasoning,
+            audio_input=usage.audio_input,
+            audio_output=usage.audio_output,
+            cache_write_1h=usage.cache_write_1h,
+            image_output=usage.image_output,
         )
+        if session.carried is not None:  # of who goes on with another's stream, only the output counts
+            charged = TokenUsage(0, 0, 0, usage.output, usage.reasoning)
+        refused = meter.report(charged, partial=usage.partial)
     if refused is None:
-        session.reported_raw = usage.raw
+        session.reported_raw = session.reported_raw if usage.partial else usage.raw
     else:
         telemetry.USAGE_REFUSED.labels(provider).inc()
         telemetry.log.warning(

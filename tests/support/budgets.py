@@ -297,8 +297,8 @@ class Core:
 
         micro = 1_000_000
         price = CompiledPrice(
-            input=micro, cached_input=micro, cache_write=micro, output=micro, reasoning=micro, audio_input=micro,
-            audio_output=micro,
+            input=micro, cached_input=micro, cache_write=micro, cache_write_1h=micro, output=micro, reasoning=micro,
+            audio_input=micro, audio_output=micro, image_output=micro,
         )  # fmt: skip
         self._meter = Meter(price, 21, encoding("o200k_base"))
         call = ChatCall(body=b"", model=wire.MODEL, stream=True, usage_wanted=True)

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config.catalog import Catalog, PricedCandidate, _from_genai, compile_catalog, priced_models, read, write
+from config.price import CompiledPrice
 from config.routing import Candidate, Route
 from config.settings import SHIPPED, ConfigError, Settings, load
 
@@ -67,8 +68,33 @@ def test_a_candidates_own_price_beats_the_routes_and_both_beat_the_list() -> Non
 def test_missing_classes_take_their_parents_price() -> None:
     found = first(configured(prices={"fast": price("1", "2")})).price
     assert (found.cached_input, found.cache_write, found.audio_input) == (1_000_000,) * 3
-    assert (found.reasoning, found.audio_output) == (2_000_000,) * 2
+    assert (found.reasoning, found.audio_output, found.image_output) == (2_000_000,) * 3
     assert (found.image, found.second, found.character, found.request, found.tiers) == (0, 0, 0, 0, ())
+
+
+def test_an_hour_in_the_cache_costs_what_anthropic_would_ask_unless_it_has_a_price() -> None:
+    def hour(**more: str) -> int:
+        return first(configured(prices={"fast": price("1", "2", **more)})).price.cache_write_1h
+
+    assert hour() == 2_000_000
+    assert hour(cache_write="1.25") == 2_000_000
+    assert hour(cache_write="0.7") == 1_120_000
+    assert hour(cache_write="1.25", cache_write_1h="3") == 3_000_000
+    tiers = [{"above": 1000, **price("2", "4")}]
+    (tier,) = first(configured(prices={"fast": price("1", "2", cache_write_1h="0", tiers=tiers)})).price.tiers
+    assert tier.cache_write_1h == 4_000_000
+
+
+def test_listed_prices_of_an_hour_in_the_cache_and_of_images_are_taken_over() -> None:
+    def listed(kind: str, model: str) -> CompiledPrice:
+        providers = {"one": {"kind": kind, "base_url": URL}}
+        routes = {"r": {"candidates": [{"provider": "one", "model": model}]}}
+        return first(configured(providers=providers, routes=routes), "r").price
+
+    claude = listed("anthropic", "claude-opus-4-5")
+    assert (claude.input, claude.cache_write, claude.cache_write_1h) == (5_000_000, 6_250_000, 10_000_000)
+    drawing = listed("gemini", "gemini-2.5-flash-image")
+    assert (drawing.output, drawing.image_output) == (2_500_000, 30_000_000)
 
 
 def test_units_and_tiers_compile() -> None:
@@ -217,6 +243,20 @@ def test_a_routes_output_limit_is_its_own_or_the_default_and_at_least_one() -> N
     assert (found.max_output_tokens, found.hidden_reasoning, found.rename_model) == (99, True, False)
     routes["fast"]["max_output_tokens"] = 0
     assert refusal(configured(routes=routes)) == "routes.fast.max_output_tokens: 0 is below 1."
+
+
+def test_a_candidates_context_is_its_own_or_the_listed_one_and_weight_and_features_pass_through() -> None:
+    def found(**more: Any) -> PricedCandidate:
+        candidate = {"provider": "openai", "model": "gpt-4o-mini", **more}
+        return first(configured(routes={"fast": {"candidates": [candidate]}}, prices={"fast": price("1", "2")}))
+
+    listed = found()
+    assert (listed.context_tokens, listed.weight, listed.features) == (128_000, 1.0, None)
+    own = found(context_tokens=5000, weight=2.5, features=["tools"])
+    assert (own.context_tokens, own.weight, own.features) == (5000, 2.5, ("tools",))
+    assert found(model="my-own-model", context_tokens=7).context_tokens == 7
+    assert found(model="my-own-model").context_tokens is None
+    assert msgspec.json.decode(msgspec.json.encode(own), type=PricedCandidate) == own
 
 
 def test_only_priced_models_of_a_provider_are_offered() -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config.price import CompiledPrice
+from config.price import CompiledPrice, Rates
 from metering.meter import COUNTERS_MAX, Channel, Meter
-from metering.pricing import TokenUsage, cost
+from metering.pricing import TokenUsage, at_least, cost
 from metering.ranks import encoding
 from metering.token_counter import StreamCounter, count_text, utf8_bytes
 from tests.unit.test_token_counter import NASTY, CountingEncoder, cut
@@ -19,11 +20,14 @@ PRICE = CompiledPrice(
     input=1_000_000,
     cached_input=500_000,
     cache_write=1_000_000,
+    cache_write_1h=2_000_000,
     output=4_000_000,
     reasoning=6_000_000,
     audio_input=1_000_000,
     audio_output=4_000_000,
+    image_output=40_000_000,
 )
+CHEAP_THOUGHTS = msgspec.structs.replace(PRICE, reasoning=1_000_000)
 O200K = encoding("o200k_base")
 
 
@@ -220,7 +224,7 @@ def test_what_was_forwarded_is_what_is_charged_after_taking_back(pieces: list[st
 
 
 def test_a_free_price_always_fits() -> None:
-    free = CompiledPrice(input=0, cached_input=0, cache_write=0, output=0, reasoning=0, audio_input=0, audio_output=0)
+    free = msgspec.structs.replace(PRICE, **dict.fromkeys(Rates.__struct_fields__, 0))
     meter = Meter(free, 100, O200K)
     meter.add(0, Channel.CONTENT, "words " * 500)
     assert meter.fits(0)
@@ -247,3 +251,124 @@ def test_a_report_made_before_more_text_is_not_the_last_word() -> None:
     meter.add(0, Channel.CONTENT, "four more tokens here")
     usage, source = meter.final()
     assert (usage.output, source) == (4, "counted")
+
+
+# -- What a provider has reported of an answer that is not over -------------------------------------------------------
+
+
+def test_who_leaves_pays_the_prompt_that_the_provider_reported_by_its_classes() -> None:
+    meter = Meter(PRICE, 10, O200K, prompt_kind="estimated")
+    meter.report(TokenUsage(3000, 1000, 500, 1, 0, audio_input=7, cache_write_1h=200), partial=True)
+    assert meter.cost_now() == cost(PRICE, TokenUsage(3000, 1000, 500, 1, 0, audio_input=7, cache_write_1h=200))
+    meter.add(0, Channel.CONTENT, "four more tokens here")
+    assert meter.counted() == TokenUsage(3000, 1000, 500, 4, 0, audio_input=7, cache_write_1h=200)
+    assert (meter.final(), meter.counted_output()) == ((meter.counted(), "estimated"), 4)
+
+
+def test_hidden_thinking_is_paid_beside_the_text_that_came_after_its_report() -> None:
+    meter = Meter(PRICE, 10, O200K)
+    meter.add(0, Channel.CONTENT, "hello")
+    meter.report(TokenUsage(12, 0, 0, 1001, 1000))
+    assert meter.counted() == TokenUsage(12, 0, 0, 1001, 1000)
+    meter.add(0, Channel.CONTENT, " there" * 9)
+    assert meter.counted() == TokenUsage(12, 0, 0, 1010, 1000)
+
+
+def test_thinking_that_is_in_a_reported_output_already_is_not_paid_twice() -> None:
+    meter = Meter(PRICE, 10, O200K)
+    meter.add(0, Channel.REASONING, " think" * 30)
+    meter.add(0, Channel.CONTENT, " say" * 10)
+    meter.report(TokenUsage(10, 0, 0, 50, 0))
+    meter.add(0, Channel.CONTENT, " more")
+    assert meter.counted() == TokenUsage(10, 0, 0, 50, 30)
+
+
+def test_an_image_has_no_text_and_is_paid_beside_it() -> None:
+    meter = Meter(PRICE, 10, O200K)
+    meter.report(TokenUsage(10, 0, 0, 1290, 0, image_output=1290))
+    meter.add(0, Channel.CONTENT, " say" * 10)
+    assert meter.counted() == TokenUsage(10, 0, 0, 1300, 0, image_output=1290)
+
+
+def test_a_partial_report_is_never_the_last_word_and_a_prompt_of_zero_says_nothing() -> None:
+    meter = Meter(PRICE, 10, O200K)
+    meter.add(0, Channel.CONTENT, "hello")
+    meter.report(TokenUsage(12, 0, 0, 0, 0), partial=True)
+    assert meter.reported is None
+    assert meter.final() == (TokenUsage(12, 0, 0, 1, 0), "counted")
+    meter.report(TokenUsage(0, 0, 0, 0, 0), partial=True)
+    assert meter.counted() == TokenUsage(10, 0, 0, 1, 0)
+
+
+def test_a_refused_report_is_no_least_either() -> None:
+    meter = Meter(PRICE, 10, O200K)
+    meter.report(TokenUsage(9000, 9001, 0, 1, 0), partial=True)
+    assert meter.counted() == TokenUsage(10, 0, 0, 0, 0)
+
+
+def test_a_checkpoint_stays_when_a_report_makes_the_prompt_cheaper_and_what_is_due_falls() -> None:
+    meter = Meter(PRICE, 1000, O200K)
+    assert meter.checkpoint() == 1000
+    meter.report(TokenUsage(1000, 900, 0, 0, 0), partial=True)
+    assert (meter.cost_now(), meter.checkpoint()) == (550, 1000)
+
+
+def test_what_is_reported_counts_against_the_hold_at_the_next_text() -> None:
+    meter = Meter(PRICE, 10, O200K)
+    meter.add(0, Channel.CONTENT, "one")
+    assert meter.fits(100)
+    meter.report(TokenUsage(10, 0, 0, 21, 20))
+    meter.add(0, Channel.CONTENT, " two")
+    assert not meter.fits(100)
+    meter.take_back()
+    assert meter.counted_output() == 1
+    assert meter.cost_now() == 10 + 20 * 6 + 4
+    assert meter.fits(meter.cost_now())
+
+
+REPORTS = st.builds(
+    lambda prompt, cached, hidden, spoken, drawn: TokenUsage(
+        prompt, min(cached, prompt), 0, spoken + hidden + drawn, hidden, image_output=drawn
+    ),
+    st.integers(0, 30), st.integers(0, 30), st.integers(0, 20), st.integers(0, 60), st.integers(0, 2),
+)  # fmt: skip
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    price=st.sampled_from((PRICE, CHEAP_THOUGHTS)),
+    pieces=st.lists(
+        st.one_of(REPORTS, st.tuples(st.integers(0, 1), st.sampled_from(list(Channel)), st.sampled_from(NASTY))),
+        max_size=80,
+    ),
+    limit=st.integers(0, 900),
+)
+def test_fits_is_exact_above_reports_too(
+    price: CompiledPrice, pieces: list[TokenUsage | tuple[int, Channel, str]], limit: int
+) -> None:
+    meter, texts = Meter(price, 5, O200K), dict[tuple[int, Channel], str]()
+    seen: TokenUsage | None = None
+    for piece in pieces:
+        if isinstance(piece, TokenUsage):
+            meter.report(piece)
+            seen = piece
+            continue
+        choice, channel, text = piece
+        meter.add(choice, channel, text)
+        texts[choice, channel] = texts.get((choice, channel), "") + text
+        counts = {key: n(value) for key, value in texts.items()}
+        thought = sum(count for (_, one), count in counts.items() if one == Channel.REASONING)
+        own = TokenUsage(5, 0, 0, sum(counts.values()), thought)
+        exact = cost(price, own if seen is None else at_least(own, seen))
+        assert meter.fits(limit) == (exact <= limit)
+        assert meter.cost_upper() >= exact
+
+
+def test_usage_in_every_chunk_is_answered_without_counting_the_tail_each_time() -> None:
+    encoder = CountingEncoder()
+    meter, text = Meter(PRICE, 0, encoder), "The quick brown fox jumps over the lazy dog; 1234 times.\n" * 400
+    for number, delta in enumerate(cut(text, [4])):
+        meter.add(0, Channel.CONTENT, delta)
+        assert meter.fits(10**9)
+        meter.report(TokenUsage(12, 0, 0, number + 1, 0))
+    assert encoder.characters <= 1.01 * len(text)

@@ -20,7 +20,7 @@ from metering.pricing import (
 
 RATE = st.integers(0, 10**9)
 TOKENS = st.integers(0, 2_000_000)
-NAMES = ("input", "cached_input", "cache_write", "output", "reasoning", "audio_input", "audio_output")
+NAMES = Rates.__struct_fields__
 
 
 def flat(rate_in: int, rate_out: int, cached: int | None = None) -> CompiledPrice:
@@ -28,10 +28,12 @@ def flat(rate_in: int, rate_out: int, cached: int | None = None) -> CompiledPric
         input=rate_in,
         cached_input=rate_in if cached is None else cached,
         cache_write=rate_in,
+        cache_write_1h=rate_in,
         output=rate_out,
         reasoning=rate_out,
         audio_input=rate_in,
         audio_output=rate_out,
+        image_output=rate_out,
     )
 
 
@@ -80,14 +82,20 @@ def test_parts_are_taken_out_of_their_parents_and_never_below_zero() -> None:
         input=1_000_000,
         cached_input=10_000_000,
         cache_write=100_000_000,
+        cache_write_1h=10_000_000_000,
         output=1_000_000,
         reasoning=10_000_000,
         audio_input=1_000_000_000,
         audio_output=100_000_000,
+        image_output=1_000_000_000,
     )
     assert cost(price, TokenUsage(10, 2, 3, 0, 0, audio_input=1)) == 4 + 20 + 300 + 1000
     assert cost(price, TokenUsage(0, 0, 0, 10, 2, audio_output=3)) == 5 + 20 + 300
     assert cost(price, TokenUsage(1, 1, 1, 0, 0, audio_input=1)) == 10 + 100 + 1000
+    assert cost(price, TokenUsage(10, 2, 3, 0, 0, cache_write_1h=1)) == 5 + 20 + 200 + 10_000
+    assert cost(price, TokenUsage(10, 10, 0, 0, 0, cache_write_1h=1)) == 100  # a part of nothing
+    assert cost(price, TokenUsage(0, 0, 0, 10, 2, audio_output=3, image_output=4)) == 1 + 20 + 300 + 4000
+    assert cost(price, TokenUsage(0, 0, 0, 10, 0, image_output=4)) == 6 + 4000
 
 
 def test_a_long_prompt_prices_every_token_at_the_tier() -> None:
@@ -153,6 +161,10 @@ def test_a_free_output_is_covered_without_end() -> None:
         (TokenUsage(5, 2, 2, 1, 0, audio_input=2), "cached, cache_write and audio_input exceed prompt"),
         (TokenUsage(5, 0, 0, 4, 3, audio_output=2), "reasoning and audio_output exceed output"),
         (TokenUsage(2**31, 2**30, 2**30 - 5, 9, 4, 5, 5), None),
+        (TokenUsage(5, 0, 2, 1, 0, cache_write_1h=3), "cache_write_1h exceeds cache_write"),
+        (TokenUsage(5, 0, 2, 1, 0, cache_write_1h=-1), "cache_write_1h is negative"),
+        (TokenUsage(5, 0, 0, 4, 2, 0, 1, image_output=2), "reasoning, audio_output and image_output exceed output"),
+        (TokenUsage(5, 0, 2, 5, 2, 0, 1, cache_write_1h=2, image_output=2), None),
     ],
 )
 def test_absurd_reports_are_refused_with_a_reason(usage: TokenUsage, reason: str | None) -> None:
@@ -187,6 +199,16 @@ def test_a_hold_with_audio_covers_audio_and_inverts_exactly(
     covered = output_tokens_covered(price, budget, prompt, audio=True)
     assert covered < 0 or hold_cost(price, prompt, covered, audio=True) <= budget
     assert covered == TOKENS_MAX or hold_cost(price, prompt, covered + 1, audio=True) > budget
+
+
+@given(price=prices(), prompt=TOKENS, output=TOKENS)
+def test_a_hold_covers_images_always_and_hours_in_the_cache_where_they_are_asked_for(
+    price: CompiledPrice, prompt: int, output: int
+) -> None:
+    drawn = TokenUsage(prompt, 0, 0, output, 0, image_output=output)
+    assert hold_cost(price, prompt, output) >= cost(price, drawn)
+    written = TokenUsage(prompt, 0, prompt, output, 0, cache_write_1h=prompt)
+    assert hold_rates([price], prompt, cache_1h=True).hold_cost(prompt, output) >= cost(price, written)
 
 
 @given(several=st.lists(prices(), min_size=1, max_size=3), prompt=TOKENS, output=TOKENS, budget=st.integers(0, 10**12))

@@ -46,8 +46,9 @@ def test_an_attempt_is_metered_from_its_answer_on_or_from_its_content_where_anot
     may_fall_back: bool,
 ) -> None:
     price = CompiledPrice(
-        input=1_000_000, cached_input=0, cache_write=0, output=0, reasoning=0, audio_input=0, audio_output=0
-    )
+        input=1_000_000, cached_input=0, cache_write=0, cache_write_1h=0, output=0, reasoning=0, audio_input=0,
+        audio_output=0, image_output=0,
+    )  # fmt: skip
     session = LiveSession(
         SessionRef("s", AccountRef("u", 0), "k", 1), "r", "route", True,
         held=9, hold_max=9, slice_cost=1, slice_low_cost=1, fence_ms=0,

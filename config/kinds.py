@@ -15,6 +15,7 @@ import msgspec
 
 Limit = Literal["max_tokens", "max_completion_tokens"]
 KeyStyle = Literal["bearer", "api-key"]
+Continuation = Literal["prefill", "prefix", "continue_final", "instruction"]
 
 
 class Kind(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,8 +26,11 @@ class Kind(msgspec.Struct, frozen=True, kw_only=True):
     counts only for the kind's own address, so that a key never goes to a server that it is not for. `prices`: its id in
     genai-prices. `include_usage`: whether streams are asked for usage. `clean_eof`: whether a stream may end without a
     finish. `limit_field`: the only output limit it understands. `drop`: fields without an effect on the answer that it
-    would refuse. `key_style`: the header of a key, where the codec has more than one. `options`: names of
-    `[providers.<name>.options]`, and whether each must be given where there is no `base_url`.
+    would refuse. `refused`: fields that buy more than the price covers, or set a limit again (of `tools`, the server's
+    own; `providers.refused` knows which values of the others buy nothing). `caseless`: whether the server reads fields'
+    names in any case, or nobody knows that it does not. `key_style`: the header of a key, where the codec has more than
+    one. `continuation`: how it is asked to go on with a text that broke off (`providers.continuation` knows why).
+    `options`: names of `[providers.<name>.options]`, and whether each must be given where there is no `base_url`.
     """
 
     codec: Literal["openai", "anthropic", "gemini", "bedrock"] = "openai"
@@ -37,29 +41,60 @@ class Kind(msgspec.Struct, frozen=True, kw_only=True):
     clean_eof: bool = False
     limit_field: Limit | None = None
     drop: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+    caseless: bool = False
     key_style: KeyStyle = "bearer"
+    continuation: Continuation = "instruction"
     options: Mapping[str, bool] = {}
 
 
 _SAID_ELSEWHERE = ("max_completion_tokens", "stream_options")
 """What the gateway says otherwise: the limit by its other name, and usage that comes unasked."""
+_BILLED = ("service_tier", "tools", "web_search_options")
+"""What providers of OpenAI's wire bill above or beside the tokens: a faster queue, tools that they run, searches."""
+_ROUTED = ("models", "route", "provider", "preset", "plugins")
+"""Who answers instead, at whose price, and with what beside it (openrouter.ai/docs: model and provider routing)."""
+_WITH_DATA = ("data_sources", "dataSources", "enhancements")
+"""Searches in other services, with the resource's own rights, and readings of images (Azure OpenAI's reference)."""
+_SEARCHED = ("search_parameters", "deferred")
+"""Live Search, billed by its sources, and answers that are billed and fetched elsewhere (docs.x.ai)."""
+_MORE_OUTPUT = ("n_predict", "n_cmpl", "n_probs", "best_of", "use_beam_search", "generation_config")
+"""Other names of the output limit and of `n`, which win over those, and work that no token shows (llama.cpp's
+server-schema.cpp, vLLM's protocol, `transformers serve`)."""
 
 KINDS: Mapping[str, Kind] = {
-    "openai": Kind(base_url="https://api.openai.com/v1", api_key_env="OPENAI_API_KEY", prices="openai"),
+    "openai": Kind(
+        base_url="https://api.openai.com/v1", api_key_env="OPENAI_API_KEY", prices="openai", refused=_BILLED
+    ),
     # Both of its URL forms, see `_azure`. A model is the name of a deployment.
     "azure": Kind(
         api_key_env="AZURE_OPENAI_API_KEY",
         prices="azure",
+        refused=(*_BILLED, *_WITH_DATA),
+        caseless=True,
         key_style="api-key",
         options={"api_version": False, "auth": False},
     ),
-    "openrouter": Kind(base_url="https://openrouter.ai/api/v1", api_key_env="OPENROUTER_API_KEY", prices="openrouter"),
-    "groq": Kind(base_url="https://api.groq.com/openai/v1", api_key_env="GROQ_API_KEY", prices="groq"),
+    "openrouter": Kind(
+        base_url="https://openrouter.ai/api/v1",
+        api_key_env="OPENROUTER_API_KEY",
+        prices="openrouter",
+        refused=(*_BILLED, *_ROUTED),
+    ),
+    # `compound_custom` chooses models and tools of its systems.
+    "groq": Kind(
+        base_url="https://api.groq.com/openai/v1",
+        api_key_env="GROQ_API_KEY",
+        prices="groq",
+        refused=(*_BILLED, "compound_custom"),
+        caseless=True,
+    ),
     "deepseek": Kind(
         base_url="https://api.deepseek.com/v1",
         api_key_env="DEEPSEEK_API_KEY",
         prices="deepseek",
         limit_field="max_tokens",
+        refused=_BILLED,
     ),
     # It refuses members that it does not know (422 extra_forbidden), and sends usage with the finish.
     "mistral": Kind(
@@ -69,32 +104,65 @@ KINDS: Mapping[str, Kind] = {
         include_usage=False,
         limit_field="max_tokens",
         drop=(*_SAID_ELSEWHERE, "store", "user", "service_tier", "safety_identifier"),
+        refused=_BILLED,
+        continuation="prefix",
     ),
     "together": Kind(
         base_url="https://api.together.xyz/v1",
         api_key_env="TOGETHER_API_KEY",
         prices="together",
         limit_field="max_tokens",
+        refused=(*_BILLED, "safety_model"),  # a second model, which reads all of it
+        caseless=True,
     ),
-    "xai": Kind(base_url="https://api.x.ai/v1", api_key_env="XAI_API_KEY", prices="x-ai"),
-    "ollama": Kind(base_url="http://127.0.0.1:11434/v1", limit_field="max_tokens"),
-    "vllm": Kind(base_url="http://127.0.0.1:8000/v1"),
+    "xai": Kind(
+        base_url="https://api.x.ai/v1",
+        api_key_env="XAI_API_KEY",
+        prices="x-ai",
+        refused=(*_BILLED, *_SEARCHED),
+    ),
+    # Written in Go, whose JSON reader takes "MAX_TOKENS" for max_tokens.
+    "ollama": Kind(
+        base_url="http://127.0.0.1:11434/v1", limit_field="max_tokens", caseless=True, continuation="prefill"
+    ),
+    # `kv_transfer_params` names a host that it would fetch from.
+    "vllm": Kind(
+        base_url="http://127.0.0.1:8000/v1",
+        refused=("best_of", "use_beam_search", "kv_transfer_params"),
+        continuation="continue_final",
+    ),
     # llama-server knows max_completion_tokens only since 2026, llama-cpp-python ignores it.
-    "llamacpp": Kind(base_url="http://127.0.0.1:8080/v1", limit_field="max_tokens"),
+    "llamacpp": Kind(
+        base_url="http://127.0.0.1:8080/v1",
+        limit_field="max_tokens",
+        refused=("n_predict", "n_cmpl", "n_probs"),
+        continuation="continue_final",
+    ),
     # `transformers serve` refuses the members that it does not implement; it sends usage unasked, and no [DONE].
     "transformers": Kind(
         base_url="http://127.0.0.1:8000/v1",
         include_usage=False,
         limit_field="max_tokens",
         drop=(*_SAID_ELSEWHERE, "store", "user", "service_tier", "metadata", "prediction"),
+        refused=("generation_config",),
     ),
-    "generic": Kind(),
+    # It may be any of them: what one of them bills is refused until `refuse` says otherwise.
+    "generic": Kind(
+        refused=(
+            *(*_BILLED, *_ROUTED, *_WITH_DATA, *_SEARCHED, *_MORE_OUTPUT),
+            *("compound_custom", "safety_model", "kv_transfer_params"),
+            *("max_new_tokens", "max_output_tokens", "max_length", "num_predict", "num_return_sequences"),
+        ),
+        caseless=True,
+    ),
     "anthropic": Kind(
         codec="anthropic",
         base_url="https://api.anthropic.com/v1",
         api_key_env="ANTHROPIC_API_KEY",
         prices="anthropic",
         include_usage=False,
+        key_style="api-key",
+        continuation="prefill",
         options={"version": False, "beta": False, "auth": False, "thinking": False},
     ),
     "gemini": Kind(
@@ -120,13 +188,32 @@ KINDS: Mapping[str, Kind] = {
         api_key_env="AWS_BEARER_TOKEN_BEDROCK",
         prices="aws",
         include_usage=False,
+        refused=("guardrailConfig", "guardrail_config"),  # billed by the text that it reads
         options={"region": True, "family": False, "thinking": False},
     ),
 }
 
-_OPTION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:,-]{0,127}")
-_LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
-"""What may stand in a host's name."""
+FAMILIES = ("anthropic", "openai", "amazon", "meta", "mistral", "cohere", "ai21", "deepseek", "qwen")
+"""Whose models Bedrock has, as far as their own fields are known (`providers.bedrock_fields`)."""
+_OPTION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:,-]*")
+_OPTION_CHARS_MAX = 256
+_FORMS: Mapping[str, tuple[re.Pattern[str], str]] = {
+    # A region stands in a host's name.
+    "region": (
+        re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"),
+        "empty, or with characters that do not belong there",
+    ),
+    "auth": (re.compile(r"bearer|api-key"), 'write "api-key" or "bearer"'),
+    "thinking": (re.compile(r"adaptive|budget"), 'write "adaptive" or "budget"'),
+    "family": (re.compile("|".join(FAMILIES)), f"use one of {', '.join(FAMILIES)}"),
+    "version": (re.compile(r"\d{4}-\d\d-\d\d"), 'write a date, such as "2023-06-01"'),
+    "api_version": (
+        re.compile(r"\d{4}-\d\d-\d\d(?:-preview)?|v1|latest|preview"),
+        'write a date, such as "2024-10-21" or "2025-04-01-preview", or "preview"',
+    ),
+    "beta": (re.compile(r"[a-z0-9][a-z0-9.-]*(?:,[a-z0-9][a-z0-9.-]*)*"), "write names with commas, without blanks"),
+}
+"""What an option may be where not every text makes sense, and what to do about another."""
 _NEEDED = frozenset(("model", "messages", "stream", "n"))
 _URL = re.compile(
     r"(?P<scheme>https?)://(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>[0-9]{1,5}))?(?P<path>/[!-~]*)?"
@@ -156,6 +243,10 @@ class Table(Protocol):
     @property
     def drop_unsupported(self) -> tuple[str, ...] | None: ...
     @property
+    def continuation(self) -> Continuation | None: ...
+    @property
+    def refuse(self) -> tuple[str, ...] | None: ...
+    @property
     def options(self) -> Mapping[str, str]: ...
 
 
@@ -177,6 +268,8 @@ def resolved(table: Table) -> dict[str, object]:
         "limit_field": table.limit_field or kind.limit_field,
         "price_provider": table.price_provider or kind.prices,
         "drop_unsupported": kind.drop if table.drop_unsupported is None else table.drop_unsupported,
+        "continuation": table.continuation or kind.continuation,
+        "refuse": kind.refused if table.refuse is None else table.refuse,
     }
 
 
@@ -199,9 +292,15 @@ def _azure(table: Table) -> str:
 
 
 def key_style(table: Table) -> KeyStyle:
-    """How the key is sent: the option `auth`, else the kind's way."""
+    """How the key is sent: the option `auth`, else the kind's way. "api-key" is the header that the kind's own clients
+    use (`api-key` at Azure, `x-api-key` at Anthropic)."""
     said = table.options.get("auth")
     return KINDS[table.kind].key_style if said is None else "bearer" if said == "bearer" else "api-key"
+
+
+def caseless(kind: str) -> bool:
+    """Whether servers of a kind may read fields' names in any case."""
+    return KINDS[kind].caseless
 
 
 def speaks(kind: str) -> str:
@@ -231,6 +330,9 @@ def check(table: Table) -> None:
     if table.kind == "azure" and not table.base_url.rstrip("/").endswith("/v1") and "api_version" not in table.options:
         raise ValueError("options.api_version: the path of deployments needs it. Set it, or let base_url end in /v1.")
     _check_drop(table)
+    for name in table.refuse or ():
+        if name in ("model", "messages"):
+            raise ValueError(f"refuse: '{name}' is in every request. Remove it from the list.")
 
 
 def _check_url(table: Table) -> None:
@@ -250,11 +352,9 @@ def _check_option(kind_name: str, kind: Kind, name: str, value: str) -> None:
     if name not in kind.options:
         known = f"It knows {', '.join(kind.options)}." if kind.options else "It has none."
         raise ValueError(f"options.{name[:64]}: the kind '{kind_name}' has no such option. {known}")
-    form = _LABEL if name == "region" else _OPTION
-    if not form.fullmatch(value):
-        raise ValueError(f"options.{name}: empty, or with characters that do not belong there.")
-    if name == "auth" and value not in ("bearer", "api-key"):
-        raise ValueError('options.auth: write "api-key" or "bearer".')
+    form, fix = _FORMS.get(name, (_OPTION, "empty, or with characters that do not belong there"))
+    if not form.fullmatch(value) or len(value) > _OPTION_CHARS_MAX:
+        raise ValueError(f"options.{name}: {fix}.")
 
 
 def _check_drop(table: Table) -> None:

@@ -14,39 +14,34 @@ from typing import Any
 import msgspec
 
 from providers.anthropic_answer import answer_of
-from providers.anthropic_errors import failure_from_error, failure_from_status, garbage, truncated
+from providers.anthropic_errors import failure_from_error, failure_from_status
 from providers.anthropic_request import messages_body
 from providers.anthropic_wire import (
     USAGE,
     WireBlock,
     WireDelta,
     WireEvent,
-    citation_members,
-    decode_any,
+    cited_url,
     decode_event,
     finish_reason,
     lenient_event,
     refusal_text,
     usage_of,
 )
-from providers.chat_chunks import ChunkMaker, WholeAnswer
+from providers.chat_chunks import UNKNOWN_ID, ChunkMaker, WholeAnswer
+from providers.chat_citations import Citations
+from providers.claude import THINKING_BLOCKS
 from providers.codec import ChatCall, Upstream, UpstreamRequest
-from providers.events import Completed, Event, Failed, ProviderFailure, UsageSeen
-from providers.sse import FrameTooLarge, SseSplitter
+from providers.events import Event, ProviderFailure, UsageSeen
+from providers.failures import UNREADABLE, decoded, garbage, truncated
+from providers.sse import SseSplitter
+from providers.stream import STREAM_HEADERS, WHOLE_HEADERS, SseStream
 
 VERSION = b"2023-06-01"
 OPEN_BLOCKS_MAX = 1_000
 CITATIONS_MAX = 64
 """Citations of one text block that wait for its end, and with it for the place that they cite."""
 
-_UNREADABLE = (msgspec.DecodeError, RecursionError, ValueError)
-_HEADERS = (
-    (b"content-type", b"application/json"),
-    (b"accept-encoding", b"identity"),
-    (b"user-agent", b"tollgate"),
-)
-_STREAM_HEADERS = (*_HEADERS, (b"accept", b"text/event-stream"))
-_WHOLE_HEADERS = (*_HEADERS, (b"accept", b"application/json"))
 _NAMELESS = frozenset((b"ping", b"keepalive", b"heartbeat"))
 
 
@@ -63,34 +58,32 @@ class _Block:
         self.citations: list[Any] = []
 
 
-class AnthropicCodec:
+class AnthropicCodec(SseStream):
     """One attempt's wire. See `providers.codec.Codec` for the methods' contract."""
 
     def __init__(self, upstream: Upstream, call: ChatCall) -> None:
         self._upstream = upstream
         self._call = call
         self._splitter = SseSplitter(call.frame_bytes_max)
-        self._maker = self._chunks("chatcmpl-tollgate", call.model)
+        self._maker = ChunkMaker.of(call, UNKNOWN_ID)
         self._blocks: dict[int, _Block] = {}
         self._usage: dict[str, Any] = {}
         self._chars = 0
         self._tools = 0
         self._thoughts = 0
-        self._cited = (0, 0)
+        self._sources = Citations(cited_url)
         self._begun = False
         self._finished = False
-        self._over = False
 
     def request(self, call: ChatCall, request_id: str) -> UpstreamRequest:
-        """POST to `<base>/messages`. Options of the upstream: `version` and `beta` (headers of those names), `auth`
-        ("bearer" for servers that want the key so), `thinking` (see `anthropic_request`). Raises BadRequest,
-        Unsupported."""
+        """POST to `<base>/messages`. Options of the upstream: `version` and `beta` (headers of those names), `thinking`
+        (see `anthropic_request`). Raises BadRequest, Unsupported."""
         upstream, options = self._upstream, self._upstream.options
-        body, betas = messages_body(call.body, upstream.drop, options)
-        headers: tuple[tuple[bytes, bytes], ...] = _STREAM_HEADERS if call.stream else _WHOLE_HEADERS
+        body, betas = messages_body(call.body, upstream.drop, options, upstream.refused)
+        headers: tuple[tuple[bytes, bytes], ...] = STREAM_HEADERS if call.stream else WHOLE_HEADERS
         headers = (*headers, (b"anthropic-version", options.get("version", "").encode() or VERSION))
         if upstream.key is not None:
-            bearer = options.get("auth") == "bearer"
+            bearer = upstream.key_style == "bearer"
             key = upstream.key.encode()
             headers = (*headers, (b"authorization", b"Bearer " + key) if bearer else (b"x-api-key", key))
         wanted = [beta for beta in (options.get("beta", ""), *betas) if beta]
@@ -99,44 +92,17 @@ class AnthropicCodec:
             own.append((b"anthropic-beta", ",".join(wanted).encode()))
         return UpstreamRequest(b"POST", upstream.target + b"/messages", headers, tuple(own), body)
 
-    def feed(self, data: bytes) -> list[Event]:
-        """Events completed by `data`; after `Failed` or `Completed` there are no more."""
-        events: list[Event] = []
-        if self._over:
-            return events
-        try:
-            frames = self._splitter.feed(data)
-        except FrameTooLarge:
-            self._fail(events, garbage("The provider sent a frame above the size limit."))
-            return events
-        for name, payload in frames:
-            if self._over:
-                break
-            self._frame(name, payload, events)
-        return events
-
-    def end_of_stream(self) -> list[Event]:
-        """The body ended by itself: complete when a stop reason came, even without `message_stop`."""
-        events: list[Event] = []
-        if self._over:
-            return events
-        try:
-            for name, payload in self._splitter.end():
-                if not self._over:
-                    self._frame(name, payload, events)
-        except FrameTooLarge:
-            self._fail(events, garbage("The provider sent a frame above the size limit."))
-        if not self._over:
-            if self._finished:
-                self._complete(events)
-            else:
-                self._fail(events, truncated("The provider's stream ended before it was complete."))
-        return events
+    def _end(self, events: list[Event]) -> None:
+        """Complete when a stop reason came, even without `message_stop`."""
+        if self._finished:
+            self._complete(events)
+        else:
+            self._fail(events, truncated())
 
     def _frame(self, name: bytes, payload: bytes, events: list[Event]) -> None:
         try:
             event = self._read(name, payload)
-        except _UNREADABLE:
+        except UNREADABLE:
             self._fail(events, garbage("The provider sent a frame that cannot be read as JSON."))
             return
         if event is None:
@@ -158,10 +124,10 @@ class AnthropicCodec:
         elif kind == "message_stop":
             self._message_stop(events)
         elif kind == "error" or name == b"error" or event.error is not None:
-            self._fail(events, failure_from_error(event.error or decode_any(payload)))
+            self._fail(events, failure_from_error(event.error or decoded(payload)))
 
     def _read(self, name: bytes, payload: bytes) -> WireEvent | None:
-        """Raises one of _UNREADABLE."""
+        """Raises one of UNREADABLE."""
         if name in _NAMELESS:
             return WireEvent()
         if payload.strip() == b"[DONE]":  # servers that copy this wire copy OpenAI's end too
@@ -173,17 +139,16 @@ class AnthropicCodec:
 
     # -- the message -------------------------------------------------------------------------------------------------
 
-    def _chunks(self, answer_id: str, model: str) -> ChunkMaker:
-        name, call = self._call.rename_to or model, self._call
-        return ChunkMaker(answer_id, name, call.created, null_usage=call.usage_wanted)
-
     def _message(self, event: WireEvent, events: list[Event]) -> None:
         message = event.message
         if message is not None and not self._begun:
-            self._maker = self._chunks(message.id or "chatcmpl-tollgate", message.model or self._call.model)
+            self._maker = ChunkMaker.of(self._call, message.id or UNKNOWN_ID, message.model)
         if message is not None and message.usage is not None:
             self._note(message.usage)
         self._begin(events)
+        usage = usage_of(self._usage, partial=True)
+        if usage is not None:
+            events.append(UsageSeen(usage))
 
     def _begin(self, events: list[Event]) -> None:
         if not self._begun:
@@ -215,14 +180,6 @@ class AnthropicCodec:
         else:
             self._fail(events, truncated("The provider answered with an empty stream."))
 
-    def _complete(self, events: list[Event]) -> None:
-        self._over = True
-        events.append(Completed(self.open_choices))
-
-    def _fail(self, events: list[Event], failure: ProviderFailure) -> None:
-        self._over = True
-        events.append(Failed(failure))
-
     # -- its blocks --------------------------------------------------------------------------------------------------
 
     def _start(self, index: int, block: WireBlock, events: list[Event]) -> None:
@@ -240,7 +197,7 @@ class AnthropicCodec:
         elif block.type == "redacted_thinking":
             piece = {"index": self._thoughts, "type": "redacted_thinking", "data": block.data or ""}
             self._thoughts += 1
-            events.append(self._maker.extra(delta_members={"thinking_blocks": [piece]}))
+            events.append(self._maker.extra(delta_members={THINKING_BLOCKS: [piece]}))
         elif block.type == "tool_use":
             self._blocks[index] = opened = _Block("tool", self._tools)
             self._tools += 1
@@ -285,21 +242,16 @@ class AnthropicCodec:
     def _thinking(self, place: int, text: str | None, events: list[Event]) -> None:
         if text:
             piece = {"index": place, "type": "thinking", "thinking": text}
-            events.append(self._maker.reasoning(text, extra={"thinking_blocks": [piece]}))
+            events.append(self._maker.reasoning(text, extra={THINKING_BLOCKS: [piece]}))
 
     def _signature(self, place: int, signature: str | None, events: list[Event]) -> None:
         if signature:
             piece = {"index": place, "type": "thinking", "thinking": "", "signature": signature}
-            events.append(self._maker.extra(delta_members={"thinking_blocks": [piece]}))
+            events.append(self._maker.extra(delta_members={THINKING_BLOCKS: [piece]}))
 
     def _cite(self, block: _Block, events: list[Event]) -> None:
-        members = citation_members(block.citations, block.place, self._chars, self._cited)
+        members = self._sources.members(block.citations, block.place, self._chars)
         block.citations = []
-        annotations, citations = self._cited
-        self._cited = (
-            annotations + len(members.get("annotations", ())),
-            citations + len(members.get("citations", ())),
-        )
         if members:
             events.append(self._maker.extra(delta_members=members))
 

@@ -9,12 +9,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import msgspec
-
 from providers.events import FailureKind, ProviderFailure
+from providers.failures import decoded, hidden, kind_of, message_in, rate_limited, retry_after_s, too_long, word
 
-MESSAGE_CHARS_MAX = 2_000
-RETRY_S_MAX = 86_400.0
 _STATUSES = {
     "invalid_request_error": 400,
     "authentication_error": 401,
@@ -36,17 +33,12 @@ _TOO_LONG = re.compile(
     r"prompt is too long|input is too long|exceed(?:s|ed)? (?:the )?context (?:limit|window)", re.IGNORECASE
 )
 _FILTERED = re.compile(r"content filter(?:ing)? policy|violat\w+ .{0,40}usage policy", re.IGNORECASE)
-_decode = msgspec.json.Decoder().decode
 
 
 def failure_from_status(status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> ProviderFailure:
     """A provider's answer with a status other than 2xx."""
-    try:
-        value = _decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        value = None
-    failure = _failure(_fields(value), 503 if status == 529 else status)
-    failure.retry_after_s = _retry_after_s(headers)
+    failure = _failure(_fields(decoded(body)), 503 if status == 529 else status)
+    failure.retry_after_s = retry_after_s(headers)
     return failure
 
 
@@ -54,16 +46,6 @@ def failure_from_error(value: Any) -> ProviderFailure:
     """An error event of a stream, or an error object in a 200, as decoded."""
     fields = _fields(value)
     return _failure(fields, _STATUSES.get(str(fields.get("type")), 502))
-
-
-def truncated(message: str) -> ProviderFailure:
-    """The stream ended too early."""
-    return ProviderFailure("truncated", 502, message)
-
-
-def garbage(message: str) -> ProviderFailure:
-    """The provider sent what cannot be read."""
-    return ProviderFailure("garbage", 502, message)
 
 
 def _fields(value: Any) -> dict[str, Any]:
@@ -74,46 +56,28 @@ def _fields(value: Any) -> dict[str, Any]:
 
 
 def _failure(fields: dict[str, Any], status: int) -> ProviderFailure:
-    told, named = fields.get("message"), fields.get("type")
-    message = told[:MESSAGE_CHARS_MAX] if isinstance(told, str) and told else "The provider reported an error."
+    message = message_in(fields, "message")
     kind = _kind(status, message)
-    failure = ProviderFailure(kind, status, message, named[:200] if isinstance(named, str) else None)
+    failure = ProviderFailure(kind, status, message, word(fields.get("type")))
     if kind == "context_length":
-        failure.code, failure.param, failure.type = "context_length_exceeded", "messages", "invalid_request_error"
+        too_long(failure)
     elif kind == "content_policy":
         failure.code, failure.type = "content_policy_violation", "invalid_request_error"
     elif kind == "rate_limited":  # the text names our organization and its limits
-        failure.message, failure.code = "The provider's rate limit is reached.", "rate_limit_exceeded"
+        rate_limited(failure)
     elif status == 404:
         failure.code, failure.type = "model_not_found", "invalid_request_error"
     elif status >= 500:
-        failure.message = f"The provider reported an error (status {status})."
+        failure.message = hidden(status)
         failure.type = "server_error"
     return failure
 
 
 def _kind(status: int, message: str) -> FailureKind:
-    if status in (401, 402, 403):
-        return "key_refused"
-    if status == 429:
-        return "rate_limited"
-    if status == 503:
-        return "overloaded"
     if status == 400 and _OUR_ACCOUNT.search(message):
         return "key_refused"
     if status == 400 and _TOO_LONG.search(message):
         return "context_length"
     if status == 400 and _FILTERED.search(message):
         return "content_policy"
-    return "caller" if 400 <= status < 500 and status != 408 else "server"
-
-
-def _retry_after_s(headers: list[tuple[bytes, bytes]]) -> float | None:
-    for name, value in headers:
-        if name.lower() == b"retry-after":
-            try:
-                seconds = float(value)
-            except ValueError:
-                return None
-            return seconds if 0 <= seconds <= RETRY_S_MAX else None
-    return None
+    return kind_of(status)

@@ -15,13 +15,12 @@ from typing import Any
 import msgspec
 
 from providers.chat_request import Audio, BadRequest, File, Image, Message, Part, Refusal, Text, ToolUse, Unsupported
+from providers.claude import thinking_pieces
 
 Block = dict[str, Any]
 _NOT_IN_IDS = re.compile(r"[^a-zA-Z0-9_-]")
 _IMAGES = frozenset(("image/jpeg", "image/png", "image/gif", "image/webp"))
 _BY_NAME = ((".pdf", "application/pdf"), (".txt", "text/plain"), (".md", "text/plain"), (".csv", "text/plain"))
-_OUR_DETAILS = (None, "anthropic-claude-v1")
-_decode = msgspec.json.Decoder().decode
 
 
 class Turns(msgspec.Struct):
@@ -164,14 +163,7 @@ def _tool_result(message: Message, blocks: list[Block]) -> Block:
 
 
 def _tool_use(use: ToolUse) -> Block:
-    """Arguments that are no object (a model may write such) are shown as they are, inside one."""
-    try:
-        given = _decode(use.arguments.encode()) if use.arguments.strip() else {}
-    except (msgspec.DecodeError, UnicodeError, RecursionError):
-        given = None
-    if not isinstance(given, dict):
-        given = {"INVALID_JSON": use.arguments}
-    block: Block = {"type": "tool_use", "id": tool_id(use.id), "name": use.name, "input": given}
+    block: Block = {"type": "tool_use", "id": tool_id(use.id), "name": use.name, "input": use.object()}
     if isinstance(use.extra.get("cache_control"), dict):
         block["cache_control"] = use.extra["cache_control"]
     return block
@@ -183,12 +175,11 @@ def tool_id(given: str) -> str:
 
 
 def thinking_blocks(message: Message) -> list[Block]:
-    """An earlier answer's thinking with its signatures, from `thinking_blocks` (as we, and LiteLLM, send it) or
-    `reasoning_details` (as OpenRouter does): whole, or in the pieces of a stream that nobody put together. Thinking
-    without a signature is refused by Anthropic and left out; it need not come back."""
+    """An earlier answer's thinking with its signatures. Thinking without one is refused by Anthropic and left out; it
+    need not come back."""
     blocks: list[Block] = []
     text = ""
-    for piece in _pieces(message.extra):
+    for piece in thinking_pieces(message.extra):
         kind, data, signature = piece.get("type"), piece.get("data"), piece.get("signature")
         if kind == "redacted_thinking" and isinstance(data, str) and data:
             blocks.append({"type": "redacted_thinking", "data": data})
@@ -199,19 +190,3 @@ def thinking_blocks(message: Message) -> list[Block]:
                 blocks.append({"type": "thinking", "thinking": text, "signature": signature})
                 text = ""
     return blocks
-
-
-def _pieces(extra: dict[str, Any]) -> list[dict[str, Any]]:
-    found = extra.get("thinking_blocks")
-    if isinstance(found, list):
-        return [piece for piece in found if isinstance(piece, dict)]
-    details = extra.get("reasoning_details")
-    pieces = []
-    for detail in details if isinstance(details, list) else ():
-        if not isinstance(detail, dict) or detail.get("format") not in _OUR_DETAILS:
-            continue
-        if detail.get("type") == "reasoning.encrypted":
-            pieces.append({"type": "redacted_thinking", "data": detail.get("data")})
-        elif detail.get("type") == "reasoning.text":
-            pieces.append({"type": "thinking", "thinking": detail.get("text"), "signature": detail.get("signature")})
-    return pieces

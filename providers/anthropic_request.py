@@ -17,7 +17,6 @@ Sources: platform.claude.com/docs/en/api/messages, .../build-with-claude/structu
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,13 +32,11 @@ from providers.chat_request import (
     read_chat,
     refuse,
     refuse_fields,
+    refuse_names,
     refuse_rest,
 )
+from providers.claude import OUTPUT_MAX, adaptive, budget_of, claude_version, effort_of, fixed_sampling
 
-OUTPUT_MAX = 32_000
-"""`max_tokens` where the request has no limit: every Claude model from 4.0 on writes at least so much."""
-BUDGET_MIN = 1_024
-"""The least thinking budget that Anthropic takes."""
 NATIVE = frozenset(("thinking", "top_k", "cache_control", "output_config", "context_management"))
 """What passes in Anthropic's own form. Not what costs more than tokens at their price: `speed`, `inference_geo`,
 `container`, `mcp_servers`."""
@@ -49,16 +46,14 @@ FILES_BETA = "files-api-2025-04-14"
 _TOOL_NATIVE = frozenset(
     ("cache_control", "defer_loading", "eager_input_streaming", "allowed_callers", "input_examples")
 )
-_EFFORTS = {"minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "xhigh", "max": "max"}
-_BUDGETS = {"minimal": 10, "low": 20, "medium": 50, "high": 80, "xhigh": 95, "max": 95}
-"""Percent of `max_tokens` that may be thought with, where there is no effort (OpenRouter's rule)."""
-_NEWEST = (99, 0)
-_VERSION = re.compile(r"claude-(?:[a-z]+-)*([0-9]{1,2})(?:[-.]([0-9]{1,2})(?![0-9]))?(?![0-9])")
 
 
-def messages_body(body: bytes, drop: frozenset[str], options: Mapping[str, str]) -> tuple[bytes, tuple[str, ...]]:
+def messages_body(
+    body: bytes, drop: frozenset[str], options: Mapping[str, str], refused: frozenset[str] = frozenset()
+) -> tuple[bytes, tuple[str, ...]]:
     """The body to send, and the betas that it needs. Raises BadRequest, Unsupported."""
-    chat = read_chat(body, native_tools=True)
+    chat = read_chat(body, native_tools=True, refused=refused, drop=drop)
+    refuse_names(chat, drop)
     turns = turns_of(chat.messages)
     passed = refuse_rest(chat, NATIVE, BOOKKEEPING, drop)
     refuse_fields(chat, ("n", "seed", "frequency_penalty", "presence_penalty"), drop)
@@ -76,17 +71,8 @@ def messages_body(body: bytes, drop: frozenset[str], options: Mapping[str, str])
     return msgspec.json.encode(out), (FILES_BETA,) if turns.files else ()
 
 
-def claude_version(model: str) -> tuple[int, int] | None:
-    """(4, 6) of `claude-sonnet-4-6`, (3, 5) of `claude-3-5-haiku-20241022`; a name of Claude's without a number is the
-    newest, any other model None."""
-    found = _VERSION.search(model)
-    if found is not None:
-        return int(found[1]), int(found[2] or 0)
-    return _NEWEST if "claude" in model else None
-
-
 def _sampling(chat: Chat, out: dict[str, Any], drop: frozenset[str]) -> None:
-    fixed = (claude_version(chat.model) or (0, 0)) >= (4, 7)  # these models take only the default of each
+    fixed = fixed_sampling(claude_version(chat.model))
     for name, value in (("temperature", chat.temperature), ("top_p", chat.top_p)):
         if value is None or (value == 1 and (fixed or name == "top_p")):  # all of the nucleus is none; some refuse both
             continue
@@ -167,20 +153,17 @@ def _output(chat: Chat, turns: Turns, out: dict[str, Any], drop: frozenset[str],
 def _thinking(
     chat: Chat, turns: Turns, max_tokens: int, config: dict[str, Any], options: Mapping[str, str]
 ) -> dict[str, Any] | None:
-    """From 4.6 on a model decides itself how much to think, guided by an effort; before, it has a budget. The option
-    `thinking` ("adaptive" or "budget") says it for models whose name does not tell."""
-    effort = chat.reasoning_effort or ""
-    version = claude_version(chat.model) or (0, 0)
-    adaptive = options.get("thinking", "adaptive" if version >= (4, 6) else "budget") == "adaptive"
-    if effort == "none":
-        return {"type": "disabled"} if adaptive else None
-    if effort not in _EFFORTS:
-        raise BadRequest("reasoning_effort", "'reasoning_effort' must be one of none, " + ", ".join(_EFFORTS) + ".")
-    if adaptive:
-        config["effort"] = _EFFORTS[effort]
+    """With an effort, which goes into `config`, or with a budget."""
+    asked = chat.reasoning_effort or ""
+    by_effort = adaptive(claude_version(chat.model), options)
+    if asked == "none":
+        return {"type": "disabled"} if by_effort else None
+    effort = effort_of(asked)
+    if by_effort:
+        config["effort"] = effort
         return {"type": "adaptive", "display": "summarized"}
-    budget = max(BUDGET_MIN, max_tokens * _BUDGETS[effort] // 100)
-    if budget >= max_tokens or not thinks_before_tools(turns.messages):
+    budget = budget_of(asked, max_tokens)
+    if budget is None or not thinks_before_tools(turns.messages):
         return None  # no room for it within the limit, or Anthropic would refuse it here
     return {"type": "enabled", "budget_tokens": budget}
 

@@ -109,9 +109,9 @@ def refusal_text(stop_details: object) -> str:
     return told if isinstance(told, str) else ""
 
 
-def usage_of(usage: Mapping[str, Any]) -> ReportedUsage | None:
+def usage_of(usage: Mapping[str, Any], *, partial: bool = False) -> ReportedUsage | None:
     """OpenAI's counts: the prompt is what was read from and written to the cache too. None when it does not say both
-    sides. Of a stream, the members of the last report that has them."""
+    sides. Of a stream, the members of the last report that has them; `partial` as in `ReportedUsage`."""
     given = [usage.get(name) for name in ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")]
     if usage.get("output_tokens") is None or all(value is None for value in given):
         return None
@@ -119,14 +119,18 @@ def usage_of(usage: Mapping[str, Any]) -> ReportedUsage | None:
     output = count(usage["output_tokens"])
     thought = usage.get("output_tokens_details")
     reasoning = count(thought.get("thinking_tokens")) if isinstance(thought, dict) else 0
-    return reported(
+    creation = usage.get("cache_creation")
+    hour = count(creation.get("ephemeral_1h_input_tokens")) if isinstance(creation, dict) else 0
+    report = ReportedUsage(
         prompt=total(fresh, written, read),
         output=output,
         cached=read,
         cache_write=written,
+        cache_write_1h=max(0, min(hour, written)),
+        partial=partial,
         reasoning=min(reasoning, output),  # recounted by the provider, so it may exceed the total a little
-        details=_details(usage, written),
     )
+    return reported(report, _details(usage, written))
 
 
 def _details(usage: Mapping[str, Any], written: int) -> dict[str, Any]:
@@ -144,20 +148,7 @@ def _details(usage: Mapping[str, Any], written: int) -> dict[str, Any]:
     return details
 
 
-def citation_members(citations: list[Any], start: int, end: int, first: tuple[int, int]) -> dict[str, list[Any]]:
-    """The citations of the text from `start` to `end`: those of addresses as OpenAI's `annotations`, those of documents
-    as they are, in `citations`. `first` are the indexes to go on from in either list."""
-    annotations: list[Any] = []
-    others: list[Any] = []
-    for citation in citations:
-        if not isinstance(citation, dict):
-            continue
-        url = citation.get("url", citation.get("source"))
-        if citation.get("type") in _URLS and isinstance(url, str):
-            title = citation.get("title")
-            place = {"start_index": start, "end_index": end, "url": url, "title": title or ""}
-            annotations.append({"index": first[0] + len(annotations), "type": "url_citation", "url_citation": place})
-        else:
-            others.append({**citation, "index": first[1] + len(others), "start_index": start, "end_index": end})
-    found = {"annotations": annotations, "citations": others}
-    return {name: members for name, members in found.items() if members}
+def cited_url(citation: Mapping[str, Any]) -> str | None:
+    """The address that is cited; None where it is a document."""
+    url = citation.get("url", citation.get("source"))
+    return url if citation.get("type") in _URLS and isinstance(url, str) else None

@@ -15,50 +15,44 @@ from __future__ import annotations
 from typing import Any, ClassVar
 from urllib.parse import quote
 
-import msgspec
-
 from providers.bedrock_answer import answer_of
-from providers.bedrock_blocks import THINKING_BLOCKS
 from providers.bedrock_errors import (
-    failed_stop,
     failure_from_error,
     failure_from_exception,
     failure_from_status,
-    garbage,
-    truncated,
 )
-from providers.bedrock_request import converse_body, family_of
+from providers.bedrock_fields import family_of
+from providers.bedrock_request import converse_body
 from providers.bedrock_wire import (
     FAILED_STOPS,
     SERVER_TOOL,
     Piece,
     Reasoning,
-    Sources,
     StreamEvent,
     ToolUse,
+    cited_url,
     decode_event,
     finish_reason,
     redacted,
     usage_of,
 )
 from providers.chat_chunks import ChunkMaker, WholeAnswer
+from providers.chat_citations import Citations
+from providers.claude import THINKING_BLOCKS
 from providers.codec import ChatCall, Upstream, UpstreamRequest
-from providers.events import Completed, Event, Failed, ProviderFailure, UsageSeen
+from providers.events import Event, ProviderFailure, UsageSeen
 from providers.eventstream import DamagedStream, EventStreamSplitter, Message
+from providers.failures import UNREADABLE, garbage, truncated, unfinished
 from providers.sigv4 import Credentials, Unsigned, signing_headers
+from providers.stream import JSON_BODY, PLAIN_HEADERS, WHOLE_HEADERS, Stream
 
-UNREADABLE = (msgspec.DecodeError, RecursionError, ValueError)
-"""What decoding provider bytes raises (UnicodeDecodeError is a ValueError)."""
 BLOCKS_OPEN_MAX = 256
 """Blocks of a stream that have begun and not ended. Bedrock sends one after the other."""
 CITATIONS_MAX = 100
 """A block's citations are told where it ends, or when there are so many."""
 SERVICE = "bedrock"
 _EVENT_STREAM = b"application/vnd.amazon.eventstream"
-_JSON = (b"content-type", b"application/json")
-_PLAIN = (_JSON, (b"accept-encoding", b"identity"), (b"user-agent", b"tollgate"))
-_STREAM_HEADERS = (*_PLAIN, (b"accept", _EVENT_STREAM))
-_WHOLE_HEADERS = (*_PLAIN, (b"accept", b"application/json"))
+_STREAM_HEADERS = (*PLAIN_HEADERS, (b"accept", _EVENT_STREAM))
 _NOT_THE_CLIENTS = -1
 
 
@@ -75,7 +69,7 @@ class _Block:
         self.citations: list[dict[str, Any]] = []
 
 
-class BedrockCodec:
+class BedrockCodec(Stream):
     """One attempt's wire. See `providers.codec.Codec` for the methods' contract."""
 
     content_types: ClassVar[tuple[bytes, ...]] = (_EVENT_STREAM,)
@@ -86,28 +80,27 @@ class BedrockCodec:
         self._call = call
         self._splitter = EventStreamSplitter(call.frame_bytes_max)
         self._answer_id = "chatcmpl-bedrock"
-        self._maker = self._make()
+        self._maker = ChunkMaker.of(self._call, self._answer_id)
         self._signs = (upstream.options.get("family") or family_of(call.model)) == "anthropic"
         self._blocks: dict[int, _Block] = {}
-        self._sources = Sources()
+        self._sources = Citations(cited_url)
         self._chars = 0
         self._tools = 0
         self._thoughts = 0
         self._begun = False
         self._stopped = False
         self._reported = False
-        self._over = False
 
     def request(self, call: ChatCall, request_id: str) -> UpstreamRequest:
         """POST to `<base>/model/<model>/converse-stream` or `/converse`. Raises BadRequest and Unsupported."""
         self._answer_id = f"chatcmpl-{request_id}"
-        self._maker = self._make()
+        self._maker = ChunkMaker.of(self._call, self._answer_id)
         upstream = self._upstream
         verb = b"converse-stream" if call.stream else b"converse"
         target = b"%b/model/%b/%b" % (upstream.target, quote(call.model, safe="").encode(), verb)
-        body = converse_body(call.body, call.model, upstream.drop, upstream.options)
+        body = converse_body(call.body, call.model, upstream.drop, upstream.options, upstream.refused)
         own = ((b"x-request-id", request_id.encode()), *self._signed(target, body, call.created))
-        return UpstreamRequest(b"POST", target, _STREAM_HEADERS if call.stream else _WHOLE_HEADERS, own, body)
+        return UpstreamRequest(b"POST", target, _STREAM_HEADERS if call.stream else WHOLE_HEADERS, own, body)
 
     def _signed(self, target: bytes, body: bytes, epoch_s: int) -> tuple[tuple[bytes, bytes], ...]:
         key, options = self._upstream.key, self._upstream.options
@@ -118,12 +111,8 @@ class BedrockCodec:
             return ((b"authorization", b"Bearer " + key.encode()),)
         region = options.get("region", "us-east-1")
         host = options.get("host") or f"bedrock-runtime.{region}.amazonaws.com"
-        unsigned = Unsigned(b"POST", target, ((b"host", host.encode()), _JSON), body)
+        unsigned = Unsigned(b"POST", target, ((b"host", host.encode()), JSON_BODY), body)
         return signing_headers(unsigned, credentials, region=region, service=SERVICE, epoch_s=epoch_s)
-
-    def _make(self) -> ChunkMaker:
-        call = self._call
-        return ChunkMaker(self._answer_id, call.rename_to or call.model, call.created, null_usage=call.usage_wanted)
 
     def feed(self, data: bytes) -> list[Event]:
         """Events completed by `data`; after `Failed` or `Completed` there are no more."""
@@ -147,7 +136,7 @@ class BedrockCodec:
         if self._stopped:
             self._complete(events)
         elif self._begun:
-            self._fail(events, truncated("The provider's stream ended before it was complete."))
+            self._fail(events, truncated())
         else:
             self._fail(events, truncated("The provider answered with an empty stream."))
         return events
@@ -273,7 +262,7 @@ class BedrockCodec:
         if self._stopped:
             return
         if reason in FAILED_STOPS:
-            self._fail(events, failed_stop(reason))
+            self._fail(events, unfinished(reason))
             return
         self._stopped = True
         events.append(self._maker.finish(finish_reason(reason, called=self._tools > 0)))
@@ -289,14 +278,6 @@ class BedrockCodec:
         self._reported = True
         if self._stopped:
             self._complete(events)
-
-    def _complete(self, events: list[Event]) -> None:
-        self._over = True
-        events.append(Completed())
-
-    def _fail(self, events: list[Event], failure: ProviderFailure) -> None:
-        self._over = True
-        events.append(Failed(failure))
 
     def failure(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> ProviderFailure:
         """What a status other than 2xx means."""

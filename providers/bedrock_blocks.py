@@ -1,9 +1,8 @@
 """Messages in OpenAI's shape as Converse's: system blocks, and turns of user and assistant that alternate.
 
-Must not: fetch an address, decode or check media, or say anything that the client did not say. Names of messages are
-left out (a tool's is that of its call). Source: Amazon Bedrock
-API reference, Message, ContentBlock and the types in it; limits of Converse that it does not name are told by Bedrock
-itself (a 400 that names the block).
+Must not: fetch an address, decode or check media, or say anything that the client did not say.
+Source: Amazon Bedrock API reference, Message, ContentBlock and the types in it; limits of Converse that it does not
+name are told by Bedrock itself (a 400 that names the block).
 """
 
 from __future__ import annotations
@@ -13,14 +12,11 @@ from base64 import b64encode
 from hashlib import sha256
 from typing import Any
 
-import msgspec
-
-from providers.chat_request import Audio, File, Image, Message, Part, Text, ToolUse, refuse
+from providers.chat_request import Audio, File, Image, Message, Part, Text, refuse
+from providers.claude import thinking_pieces
 
 Block = dict[str, Any]
 
-THINKING_BLOCKS = "thinking_blocks"
-"""The member of a message that carries signed and redacted thinking there and back."""
 UNDECODED = "base64"
 """`encoding` of redacted thinking whose bytes are no text."""
 
@@ -47,13 +43,11 @@ _VIDEOS = {
     "video/x-ms-wmv": "wmv",
     "video/3gpp": "three_gp",
 }
-_OUR_DETAILS = (None, "anthropic-claude-v1")
 _PDF = "JVBERi"  # %PDF- in base64
 _TTLS = ("5m", "1h")
 _TOOL_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _NOT_IN_NAMES = re.compile(r"[^a-zA-Z0-9\-()\[\]]+")
 _NAME_CHARS_MAX = 180
-_decode = msgspec.json.Decoder().decode
 
 
 class Conversation:
@@ -132,7 +126,7 @@ class Conversation:
         blocks += self._parts(place, message.parts)
         for use in message.tool_uses:
             self.uses_tools = True
-            blocks.append({"toolUse": _tool_use(use)})
+            blocks.append({"toolUse": {"toolUseId": tool_id(use.id), "name": use.name, "input": use.object()}})
             blocks += cache_point(use.extra.get("cache_control"))
         return blocks
 
@@ -217,25 +211,12 @@ def tool_id(given: str) -> str:
     return given if _TOOL_ID.fullmatch(given) else "call_" + sha256(given.encode()).hexdigest()[:32]
 
 
-def _tool_use(use: ToolUse) -> Block:
-    """Arguments that are no object (a model may write such) are shown as they are, inside one."""
-    try:
-        given = _decode(use.arguments.encode()) if use.arguments.strip() else {}
-    except (msgspec.DecodeError, UnicodeError, RecursionError):
-        given = None
-    if not isinstance(given, dict):
-        given = {"INVALID_JSON": use.arguments}
-    return {"toolUseId": tool_id(use.id), "name": use.name, "input": given}
-
-
 def signed_thinking(message: Message) -> list[Block]:
-    """An earlier answer's thinking with its signatures, from `thinking_blocks` (as we, and LiteLLM, send it) or
-    `reasoning_details` (as OpenRouter does): whole, or in the pieces of a stream that nobody put together. Where only
-    the signature came back, its text is the message's reasoning. Thinking without a signature is left out: no model
-    takes it."""
+    """An earlier answer's thinking with its signatures. Where only the signature came back, its text is the message's
+    reasoning. Thinking without a signature is left out: no model takes it."""
     blocks: list[Block] = []
     text = ""
-    for piece in _pieces(message.extra):
+    for piece in thinking_pieces(message.extra):
         data, signature, more = piece.get("data"), piece.get("signature"), piece.get("thinking")
         if isinstance(data, str) and data:
             kept = data if piece.get("encoding") == UNDECODED else b64encode(data.encode()).decode()
@@ -249,19 +230,3 @@ def signed_thinking(message: Message) -> list[Block]:
     if len(signed) == 1 and not signed[0]["text"]:
         signed[0]["text"] = message.reasoning or ""
     return blocks
-
-
-def _pieces(extra: dict[str, Any]) -> list[dict[str, Any]]:
-    found = extra.get(THINKING_BLOCKS)
-    if isinstance(found, list):
-        return [piece for piece in found if isinstance(piece, dict)]
-    details = extra.get("reasoning_details")
-    pieces = []
-    for detail in details if isinstance(details, list) else ():
-        if not isinstance(detail, dict) or detail.get("format") not in _OUR_DETAILS:
-            continue
-        if detail.get("type") == "reasoning.encrypted":
-            pieces.append({"data": detail.get("data")})
-        elif detail.get("type") == "reasoning.text":
-            pieces.append({"thinking": detail.get("text"), "signature": detail.get("signature")})
-    return pieces

@@ -10,13 +10,17 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import msgspec
-
 from providers.events import FailureKind, ProviderFailure
-
-MESSAGE_CHARS_MAX = 2_000
-RETRY_S_MAX = 86_400.0
-_UNTOLD = "The provider reported an error."
+from providers.failures import (
+    decoded,
+    hidden,
+    kind_of,
+    message_in,
+    rate_limited,
+    retry_after_s,
+    too_long,
+    word,
+)
 
 _KINDS: dict[str, tuple[FailureKind, int]] = {
     "validationexception": ("caller", 400),
@@ -43,7 +47,10 @@ _KINDS: dict[str, tuple[FailureKind, int]] = {
     "invalidclienttokenid": ("key_refused", 403),
     "optinrequired": ("key_refused", 403),
 }
-"""By the exception's name in lower case. What AWS answers with 408 and 424 is no fault of the caller's: 504 and 502."""
+"""By the exception's name in lower case."""
+_SERVERS = {408: 504, 424: 502}
+"""What AWS answers with these is no fault of the caller's, who is told another status."""
+_MESSAGES = ("message", "Message", "originalMessage")
 
 _TOO_LONG = re.compile(
     r"(?:input|prompt) is too long|too many input tokens|maximum context length|context (?:window|length|limit)"
@@ -52,55 +59,39 @@ _TOO_LONG = re.compile(
 )
 """What models say through a ValidationException about a prompt that is too long; it has no name of its own."""
 _POLICY = re.compile(r"content[ _-](?:filter|polic)|filtering policy", re.IGNORECASE)
-_decode = msgspec.json.Decoder().decode
 
 
 def failure_from_status(status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> ProviderFailure:
     """A provider's answer with a status other than 2xx."""
     fields = _fields(body)
-    name = _header(headers, b"x-amzn-errortype") or _word(fields.get("__type")) or _word(fields.get("code")) or ""
-    failure = _failure(name, _message(fields), status)
-    failure.retry_after_s = _retry_s(_header(headers, b"retry-after"))
+    name = _header(headers, b"x-amzn-errortype") or word(fields.get("__type")) or word(fields.get("code")) or ""
+    failure = _failure(name, fields, status)
+    failure.retry_after_s = retry_after_s(headers)
     return failure
 
 
 def failure_from_exception(name: str, payload: bytes) -> ProviderFailure:
     """An exception inside a stream (`:exception-type` and a JSON payload)."""
-    return _failure(name, _message(_fields(payload)), 502)
+    return _failure(name, _fields(payload), 502)
 
 
 def failure_from_error(code: str, message: str) -> ProviderFailure:
     """An error inside a stream that the API does not name (`:error-code` and `:error-message`)."""
-    return _failure(code, message[:MESSAGE_CHARS_MAX], 502)
+    return _failure(code, {"message": message}, 502)
 
 
-def failed_stop(reason: str) -> ProviderFailure:
-    """A stop reason that says that the model's output cannot be used: a retry often helps."""
-    return ProviderFailure("server", 502, f"The model did not complete its answer ({reason[:100]}).", "server_error")
-
-
-def garbage(message: str) -> ProviderFailure:
-    """What cannot be read."""
-    return ProviderFailure("garbage", 502, message)
-
-
-def truncated(message: str) -> ProviderFailure:
-    """A stream that ended too early."""
-    return ProviderFailure("truncated", 502, message)
-
-
-def _failure(name: str, message: str, status: int) -> ProviderFailure:
+def _failure(name: str, fields: dict[str, Any], status: int) -> ProviderFailure:
     """`name` as it is sent: `ValidationException:http://...`, `com.amazon.coral#ValidationException`."""
     plain = name.partition(":")[0].rpartition("#")[2].strip().lower()
-    kind, status = _KINDS.get(plain) or (_kind(status), _status(status))
-    failure = ProviderFailure(kind, status, message or _UNTOLD)
+    kind, status = _KINDS.get(plain) or (kind_of(status, tuple(_SERVERS)), _SERVERS.get(status, status))
+    failure = ProviderFailure(kind, status, message_in(fields, *_MESSAGES))
     if kind == "caller":
         _caller(failure)
     elif kind == "rate_limited":  # its text may name our account's quota
-        failure.message = "The provider's rate limit is reached."
-        failure.type, failure.code = "rate_limit_error", "rate_limit_exceeded"
+        failure.type = "rate_limit_error"
+        rate_limited(failure)
     else:
-        failure.message, failure.type = f"The provider reported an error (status {status}).", "server_error"
+        failure.message, failure.type = hidden(status), "server_error"
     return failure
 
 
@@ -109,52 +100,15 @@ def _caller(failure: ProviderFailure) -> None:
     if failure.status == 404:
         failure.code = "model_not_found"
     if failure.status == 400 and _TOO_LONG.search(failure.message):
-        failure.kind, failure.code, failure.param = "context_length", "context_length_exceeded", "messages"
+        too_long(failure)
     elif failure.status == 400 and _POLICY.search(failure.message):
         failure.kind, failure.code, failure.param = "content_policy", "content_policy_violation", "messages"
 
 
-def _kind(status: int) -> FailureKind:
-    if status in (401, 402, 403):
-        return "key_refused"
-    if status == 429:
-        return "rate_limited"
-    if status in (503, 529):
-        return "overloaded"
-    return "caller" if 400 <= status < 500 and status not in (408, 424) else "server"
-
-
-def _status(status: int) -> int:
-    return {408: 504, 424: 502}.get(status, status)
-
-
 def _fields(body: bytes) -> dict[str, Any]:
-    try:
-        value = _decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return {}
+    value = decoded(body)
     return value if isinstance(value, dict) else {}
-
-
-def _message(fields: dict[str, Any]) -> str:
-    for name in ("message", "Message", "originalMessage"):
-        value = fields.get(name)
-        if isinstance(value, str) and value:
-            return value[:MESSAGE_CHARS_MAX]
-    return ""
 
 
 def _header(headers: list[tuple[bytes, bytes]], name: bytes) -> str | None:
     return next((value.decode("latin-1") for each, value in headers if each.lower() == name), None)
-
-
-def _retry_s(value: str | None) -> float | None:
-    try:
-        seconds = float(value or "")
-    except ValueError:
-        return None
-    return seconds if 0 <= seconds <= RETRY_S_MAX else None
-
-
-def _word(value: object) -> str | None:
-    return value[:200] if isinstance(value, str) else None

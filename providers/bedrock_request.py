@@ -15,7 +15,8 @@ Source: Amazon Bedrock API reference, Converse; user guide, "inference request p
 | reasoning_effort | `additionalModelRequestFields` of Anthropic's and OpenAI's models; refused for others |
 | cache_control of a part, a message, a tool | a `cachePoint` behind it |
 | top_k, thinking | `additionalModelRequestFields` of Anthropic's models; refused for others |
-| guardrailConfig, additionalModelRequestFields, additionalModelResponseFieldPaths, requestMetadata | the same |
+| guardrailConfig, additionalModelResponseFieldPaths, requestMetadata | the same |
+| additionalModelRequestFields | the same, as far as `bedrock_fields` knows the maker's fields |
 
 Temperatures above 1 become 1. Refused (or dropped by configuration): n > 1, seed, penalties, logit_bias, logprobs,
 json_object, parallel_tool_calls false, addresses of images and files, and other members; custom tools always. The
@@ -24,58 +25,51 @@ native `serviceTier` and `performanceConfig` are refused because they change the
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 from providers.bedrock_blocks import Conversation, cache_point
+from providers.bedrock_fields import REQUEST_FIELDS, checked_fields, family_of
 from providers.chat_request import (
     BOOKKEEPING,
     BadRequest,
     Chat,
     Tool,
-    Unsupported,
     read_chat,
     refuse,
     refuse_fields,
+    refuse_names,
     refuse_rest,
 )
+from providers.claude import OUTPUT_MAX, adaptive, budget_of, claude_version, effort_of, fixed_sampling
 
 _NATIVE = {
     "guardrailConfig": "guardrailConfig",
     "guardrail_config": "guardrailConfig",
-    "additionalModelRequestFields": "additionalModelRequestFields",
-    "additional_model_request_fields": "additionalModelRequestFields",
+    "additionalModelRequestFields": REQUEST_FIELDS,
+    "additional_model_request_fields": REQUEST_FIELDS,
     "additionalModelResponseFieldPaths": "additionalModelResponseFieldPaths",
     "requestMetadata": "requestMetadata",
     "request_metadata": "requestMetadata",
 }
-_FIELDS = "additionalModelRequestFields"
 _ANTHROPIC_FIELDS = frozenset(("top_k", "thinking"))
-_LIMIT = re.compile(r"max.*(?:token|gen_len)", re.IGNORECASE)
-"""Names under which models take an output limit: it would override the one that the hold covers."""
-_VERSION = re.compile(r"claude-(?:[a-z]+-)*([0-9]{1,2})(?:[-.]([0-9]{1,2})(?![0-9]))?(?![0-9])")
-_NEWEST = (99, 0)
-_ADAPTIVE = (4, 6)
-"""From this version of Anthropic's models on, thinking has an effort instead of a budget."""
-_FIXED = (4, 7)
-"""From this version on they take of temperature and top_p only the default."""
-_EFFORTS = {"minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "xhigh", "max": "max"}
-_BUDGETS = {"minimal": 10, "low": 20, "medium": 50, "high": 80, "xhigh": 95, "max": 95}
-"""Percent of the output limit that may be thought with, where there is no effort."""
-_BUDGET_MIN = 1024
-_OUTPUT_TYPICAL = 32_000
-"""What the percents are of where the request has no limit: Bedrock then takes the model's own, which is not smaller."""
 _NO_SCHEMA = {"type": "object", "properties": {}}
 _encode = msgspec.json.Encoder().encode
 
 
-def converse_body(body: bytes, model: str, drop: frozenset[str], options: Mapping[str, str]) -> bytes:
+def converse_body(
+    body: bytes,
+    model: str,
+    drop: frozenset[str],
+    options: Mapping[str, str],
+    refused: frozenset[str] = frozenset(),
+) -> bytes:
     """Raises BadRequest and Unsupported. Of `options`, for models whose id does not tell (an application inference
     profile): `family` is whose it is ("anthropic", "openai"), `thinking` how it thinks ("adaptive", "budget")."""
-    chat = read_chat(body)
+    chat = read_chat(body, refused=refused, drop=drop)
+    refuse_names(chat, drop)
     family = options.get("family") or family_of(model)
     passed = refuse_rest(chat, frozenset(_NATIVE) | _passes(family), BOOKKEEPING, drop)
     refuse_fields(chat, ("n", "seed", "frequency_penalty", "presence_penalty"), drop)
@@ -86,7 +80,6 @@ def converse_body(body: bytes, model: str, drop: frozenset[str], options: Mappin
         raise BadRequest("messages", "'messages' must have content beside the instructions.")
     conversation.trim()
     version = claude_version(model) if family == "anthropic" else (0, 0)
-    adaptive = options.get("thinking", "adaptive" if version >= _ADAPTIVE else "budget") == "adaptive"
     request: dict[str, Any] = {"messages": conversation.messages}
     _put(request, "system", conversation.system)
     _put(request, "inferenceConfig", _inference(chat, version, drop))
@@ -94,16 +87,12 @@ def converse_body(body: bytes, model: str, drop: frozenset[str], options: Mappin
     _put(request, "outputConfig", _output(chat, drop))
     for name in passed.keys() & _NATIVE.keys():
         request[_NATIVE[name]] = passed[name]
-    fields = _reasoning(chat, conversation, family, adaptive, drop)
-    fields |= {name: passed[name] for name in passed.keys() & _ANTHROPIC_FIELDS}
-    _put(request, _FIELDS, fields | _checked_fields(request.get(_FIELDS)))
+    fields = _reasoning(chat, conversation, family, adaptive(version, options), drop)
+    own = {name: passed[name] for name in passed.keys() & _ANTHROPIC_FIELDS}
+    fields |= checked_fields(own, "", family, drop)  # the client's own fields win over ours
+    fields |= checked_fields(request.pop(REQUEST_FIELDS, None), REQUEST_FIELDS, family, drop)
+    _put(request, REQUEST_FIELDS, fields)
     return _encode(request)
-
-
-def family_of(model: str) -> str:
-    """Whose model it is by its id: `us.anthropic.claude-...`, `openai.gpt-oss-...`, an ARN with one of those; or ""."""
-    found = re.search(r"(?:^|[./])(anthropic|openai)\.", model)
-    return found[1] if found else ""
 
 
 def _passes(family: str) -> frozenset[str]:
@@ -118,11 +107,12 @@ def _put(request: dict[str, Any], name: str, value: Any) -> None:
 def _inference(chat: Chat, version: tuple[int, int], drop: frozenset[str]) -> dict[str, Any]:
     """Converse's temperature ends at 1, OpenAI's at 2: more is the most there is, as in the anthropic codec."""
     config: dict[str, Any] = {}
+    fixed = fixed_sampling(version)
     _put(config, "maxTokens", chat.max_tokens)
     for name, native, value in (("temperature", "temperature", chat.temperature), ("top_p", "topP", chat.top_p)):
-        if value is None or (version >= _FIXED and value == 1):
+        if value is None or (fixed and value == 1):
             continue
-        if version >= _FIXED:
+        if fixed:
             refuse(name, drop, f"The model does not support '{name}': only its default, 1, is accepted.")
         else:
             config[native] = min(value, 1)
@@ -184,54 +174,22 @@ def _output(chat: Chat, drop: frozenset[str]) -> dict[str, Any]:
 
 
 def _reasoning(
-    chat: Chat, conversation: Conversation, family: str, adaptive: bool, drop: frozenset[str]
+    chat: Chat, conversation: Conversation, family: str, by_effort: bool, drop: frozenset[str]
 ) -> dict[str, Any]:
-    effort = chat.reasoning_effort
-    if effort is None:
+    asked = chat.reasoning_effort
+    if asked is None:
         return {}
-    if family == "openai" and effort in ("low", "medium", "high"):
-        return {"reasoning_effort": effort}
+    if family == "openai" and asked in ("low", "medium", "high"):
+        return {"reasoning_effort": asked}
     if family != "anthropic":
         refuse("reasoning_effort", drop)
         return {}
-    if effort == "none":
+    if asked == "none":
         return {}  # the default; some models refuse to be told "disabled"
-    if effort not in _EFFORTS:
-        raise BadRequest("reasoning_effort", "'reasoning_effort' must be one of none, " + ", ".join(_EFFORTS) + ".")
-    if adaptive:
-        return {"thinking": {"type": "adaptive"}, "output_config": {"effort": _EFFORTS[effort]}}
-    limit = chat.max_tokens or _OUTPUT_TYPICAL
-    budget = max(_BUDGET_MIN, limit * _BUDGETS[effort] // 100)
-    if budget >= limit or not conversation.thinks_before_tools():
+    effort = effort_of(asked)
+    if by_effort:
+        return {"thinking": {"type": "adaptive"}, "output_config": {"effort": effort}}
+    budget = budget_of(asked, chat.max_tokens or OUTPUT_MAX)  # Converse's own limit is the model's, and not smaller
+    if budget is None or not conversation.thinks_before_tools():
         return {}  # no room for it within the limit, or the model would refuse it here
     return {"thinking": {"type": "enabled", "budget_tokens": budget}}
-
-
-def claude_version(model: str) -> tuple[int, int]:
-    """(4, 6) of `us.anthropic.claude-opus-4-6-v1`, (3, 7) of `claude-3-7-sonnet-...`; a name of Claude's without a
-    number is the newest, any other model (0, 0)."""
-    found = _VERSION.search(model)
-    if found is not None:
-        return int(found[1]), int(found[2] or 0)
-    return _NEWEST if "claude" in model else (0, 0)
-
-
-def _checked_fields(fields: Any) -> dict[str, Any]:
-    """The client's own fields of the model, which win over ours. A limit among them is refused."""
-    if fields is None:
-        return {}
-    if not isinstance(fields, dict):
-        raise BadRequest(_FIELDS, f"'{_FIELDS}' must be an object.")
-    for name in _names(fields):
-        if _LIMIT.search(name):
-            raise Unsupported(f"{_FIELDS}.{name}", "The output limit is given as 'max_tokens'.")
-    return fields
-
-
-def _names(value: Any) -> list[str]:
-    """Every name of a member in it."""
-    if isinstance(value, list):
-        return [name for each in value for name in _names(each)]
-    if not isinstance(value, dict):
-        return []
-    return [found for name, inner in value.items() for found in (str(name), *_names(inner))]

@@ -6,6 +6,7 @@ Must not: model the whole API. Source: Amazon Bedrock API reference, ConverseStr
 from __future__ import annotations
 
 from base64 import b64decode
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -106,21 +107,28 @@ def usage_of(usage: dict[str, Any] | None) -> ReportedUsage | None:
     if usage is None or usage.get("inputTokens") is None or usage.get("outputTokens") is None:
         return None
     cached, written = count(usage.get("cacheReadInputTokens")), count(usage.get("cacheWriteInputTokens"))
-    return reported(
+    report = ReportedUsage(
         prompt=total(count(usage.get("inputTokens")), cached, written),
         output=count(usage.get("outputTokens")),
         cached=cached,
         cache_write=written,
-        details=_details(usage, written),
+        cache_write_1h=max(0, min(_by_ttl(usage).get("1h", 0), written)),
     )
+    return reported(report, _details(usage, written))
+
+
+def _by_ttl(usage: dict[str, Any]) -> dict[Any, int]:
+    """Tokens written to the cache, by how long they are kept."""
+    listed = usage.get("cacheDetails")
+    found = [each for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
+    return {each["ttl"]: count(each.get("inputTokens")) for each in found if isinstance(each.get("ttl"), str)}
 
 
 def _details(usage: dict[str, Any], written: int) -> dict[str, Any]:
     """The cache writes by their time to live, which have different prices, and calls of Bedrock's own tools."""
     details: dict[str, Any] = {}
-    listed = usage.get("cacheDetails")
-    if isinstance(listed, list) and written > 0:
-        by_ttl = {each.get("ttl"): count(each.get("inputTokens")) for each in listed if isinstance(each, dict)}
+    by_ttl = _by_ttl(usage)
+    if by_ttl and written > 0:
         split = {f"ttl_{ttl}_tokens": by_ttl.get(ttl, 0) for ttl in ("5m", "1h")}
         if total(*split.values()) == written:
             details["prompt_tokens_details"] = {"cache_write_tokens_details": split}
@@ -138,32 +146,9 @@ def redacted(content: str) -> dict[str, Any]:
         return {"type": "redacted_thinking", "data": content, "encoding": UNDECODED}
 
 
-class Sources:
-    """The citations of an answer, as members of its chunks or of its message: those of addresses as OpenAI's
-    `annotations`, others as they are in `citations`. Each has an index of its own in its list."""
-
-    __slots__ = ("_annotations", "_citations")
-
-    def __init__(self) -> None:
-        self._annotations = 0
-        self._citations = 0
-
-    def members(self, citations: list[dict[str, Any]], start: int, end: int) -> dict[str, list[Any]]:
-        """What the text from `start` to `end` is taken from."""
-        annotations: list[Any] = []
-        others: list[Any] = []
-        for citation in citations:
-            location, title = citation.get("location"), citation.get("title")
-            web = location.get("web") if isinstance(location, dict) else None
-            url = web.get("url") if isinstance(web, dict) else None
-            if isinstance(url, str):
-                place = {"start_index": start, "end_index": end, "url": url, "title": title or ""}
-                at = self._annotations + len(annotations)
-                annotations.append({"index": at, "type": "url_citation", "url_citation": place})
-            else:
-                at = self._citations + len(others)
-                others.append({**citation, "index": at, "start_index": start, "end_index": end})
-        self._annotations += len(annotations)
-        self._citations += len(others)
-        found = {"annotations": annotations, "citations": others}
-        return {name: members for name, members in found.items() if members}
+def cited_url(citation: Mapping[str, Any]) -> str | None:
+    """The address that is cited; None where it is a document."""
+    location = citation.get("location")
+    web = location.get("web") if isinstance(location, dict) else None
+    url = web.get("url") if isinstance(web, dict) else None
+    return url if isinstance(url, str) else None

@@ -12,10 +12,13 @@ from typing import Any
 
 import msgspec
 
+from providers.codec import ChatCall
 from providers.events import Channel, Chunk, Delta, ReportedUsage
 from providers.json_root import RootObject
 from providers.openai_wire import deltas_of, lenient_delta
 
+UNKNOWN_ID = "chatcmpl-tollgate"
+"""An answer's id where the provider gives none."""
 COUNT_MAX = 2**53
 """Token counts above this are no counts (and no JSON numbers that every reader takes)."""
 
@@ -33,6 +36,11 @@ class ChunkMaker:
         names = (_encode(answer_id), created, _encode(model))
         self._head = b'{"id":%b,"object":"chat.completion.chunk","created":%d,"model":%b,"choices":[' % names
         self._tail = b'],"usage":null}' if null_usage else b"]}"
+
+    @classmethod
+    def of(cls, call: ChatCall, answer_id: str, model: str | None = None) -> ChunkMaker:
+        """For `call`, whose answers name `model`, or the candidate's where the provider names none."""
+        return cls(answer_id, call.rename_to or model or call.model, call.created, null_usage=call.usage_wanted)
 
     def role(self, choice: int = 0) -> Chunk:
         """The choice's first chunk: the role and no text. Not content."""
@@ -180,23 +188,19 @@ def total(*counts: int) -> int:
     return -1 if min(counts) < 0 else sum(counts)
 
 
-def usage_json(
-    *,
-    prompt: int,
-    output: int,
-    cached: int = 0,
-    cache_write: int = 0,
-    reasoning: int = 0,
-    audio_input: int = 0,
-    audio_output: int = 0,
-    details: Mapping[str, Any] | None = None,
-) -> bytes:
-    """OpenAI's usage object. `details` are further members; those of its `prompt_tokens_details` and
-    `completion_tokens_details` go into OpenAI's objects of that name."""
+def reported(usage: ReportedUsage, details: Mapping[str, Any] | None = None) -> ReportedUsage:
+    """The report with OpenAI's usage object for the client; both counts are a provider's own, see `count` and `total`.
+    `details` are further members; those of its `prompt_tokens_details` and `completion_tokens_details` go into OpenAI's
+    objects of that name."""
     more = dict(details or {})
-    given = {"cached_tokens": cached, "cache_write_tokens": cache_write, "audio_tokens": audio_input}
-    made = {"reasoning_tokens": reasoning, "audio_tokens": audio_output}
-    usage = {
+    prompt, output = usage.prompt or 0, usage.output or 0
+    given = {
+        "cached_tokens": usage.cached,
+        "cache_write_tokens": usage.cache_write,
+        "audio_tokens": usage.audio_input,
+    }
+    made = {"reasoning_tokens": usage.reasoning, "audio_tokens": usage.audio_output}
+    members = {
         "prompt_tokens": prompt,
         "completion_tokens": output,
         "total_tokens": total(prompt, output),
@@ -204,38 +208,5 @@ def usage_json(
         "completion_tokens_details": {**made, **more.pop("completion_tokens_details", {})},
         **more,
     }
-    return _encode(usage)
-
-
-def reported(
-    *,
-    prompt: int,
-    output: int,
-    cached: int = 0,
-    cache_write: int = 0,
-    reasoning: int = 0,
-    audio_input: int = 0,
-    audio_output: int = 0,
-    details: Mapping[str, Any] | None = None,
-) -> ReportedUsage:
-    """A report with its JSON for the client. Counts are a provider's own, see `count` and `total`."""
-    usage = ReportedUsage(
-        prompt=prompt,
-        output=output,
-        cached=cached,
-        cache_write=cache_write,
-        reasoning=reasoning,
-        audio_input=audio_input,
-        audio_output=audio_output,
-    )
-    usage.raw = usage_json(
-        prompt=prompt,
-        output=output,
-        cached=cached,
-        cache_write=cache_write,
-        reasoning=reasoning,
-        audio_input=audio_input,
-        audio_output=audio_output,
-        details=details,
-    )
+    usage.raw = _encode(members)
     return usage

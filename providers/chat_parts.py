@@ -12,6 +12,11 @@ from typing import Any
 import msgspec
 
 from providers.chat_members import Members
+from providers.codec import BadRequest
+
+PARTS_MAX = 20_000
+"""Content parts, tool calls and tools of a request that is translated. Each becomes objects of its own: microseconds,
+and many times its bytes."""
 
 _DATA_URL = re.compile(r"data:([^;,]*)(?:;[^;,]*)*?;base64,", re.IGNORECASE)
 _WEB = re.compile(r"https?://", re.IGNORECASE)
@@ -59,6 +64,21 @@ class Refusal(msgspec.Struct):
 
 
 Part = Text | Image | Audio | File | Refusal
+
+
+def check_parts(root: dict[str, Any]) -> None:
+    """Raises BadRequest for a decoded request with more parts than are translated, before anything is made of them."""
+    messages = root.get("messages")
+    found = sum(_length(root.get(name)) for name in ("tools", "functions"))
+    for message in messages if isinstance(messages, list) else ():
+        if isinstance(message, dict):
+            found += sum(map(_length, message.values()))
+    if found > PARTS_MAX:
+        raise BadRequest("messages", f"The request has more than {PARTS_MAX} content parts, tool calls and tools.")
+
+
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, list) else 0
 
 
 def read_content(given: Members) -> list[Part]:

@@ -14,11 +14,13 @@ from typing import Any, Literal, get_args
 import msgspec
 
 from providers.chat_members import Members
-from providers.chat_parts import Audio, File, Image, Part, Refusal, Text, read_content
+from providers.chat_parts import PARTS_MAX, Audio, File, Image, Part, Refusal, Text, check_parts, read_content
 from providers.codec import BadRequest, Unsupported
+from providers.refused import buys, reason
 
 __all__ = [
     "BOOKKEEPING",
+    "PARTS_MAX",
     "Audio",
     "BadRequest",
     "Chat",
@@ -36,6 +38,7 @@ __all__ = [
     "read_chat",
     "refuse",
     "refuse_fields",
+    "refuse_names",
     "refuse_rest",
 ]
 
@@ -66,6 +69,14 @@ class ToolUse(msgspec.Struct):
     name: str
     arguments: str
     extra: dict[str, Any] = msgspec.field(default_factory=dict)
+
+    def object(self) -> dict[str, Any]:
+        """The arguments as an object. Others (a model may write such) are shown as they are, inside one."""
+        try:
+            given = msgspec.json.decode(self.arguments.encode()) if self.arguments.strip() else {}
+        except (msgspec.DecodeError, UnicodeError, RecursionError):
+            given = None
+        return given if isinstance(given, dict) else {"INVALID_JSON": self.arguments}
 
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
@@ -139,14 +150,23 @@ class Chat(msgspec.Struct):
     rest: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
-def read_chat(body: bytes, *, native_tools: bool = False) -> Chat:
-    """Read `body`. Raises BadRequest; Unsupported for custom tools, and for tools that are no functions unless the
-    codec takes the provider's own (`native_tools`)."""
+def read_chat(
+    body: bytes,
+    *,
+    native_tools: bool = False,
+    refused: frozenset[str] = frozenset(),
+    drop: frozenset[str] = frozenset(),
+) -> Chat:
+    """Read `body`. Raises BadRequest; Unsupported for custom tools, for tools that are no functions unless the codec
+    takes the provider's own (`native_tools`), and for `refused` members that buy something, unless `drop` has them."""
     try:
         value = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise BadRequest("body", "The body is not JSON.") from None
     root = Members(value, "")
+    check_parts(value)
+    if refused:
+        _check_refused(value, root, refused, drop)
     chat = Chat(model=root.text("model") or "", messages=_messages(root))
     chat.tools, chat.native_tools = _tools(root, native_tools)
     chat.tool_choice = _tool_choice(root, chat)
@@ -193,6 +213,22 @@ def refuse_fields(chat: Chat, names: tuple[str, ...], drop: frozenset[str]) -> N
         value = chat.n - 1 if name == "n" else getattr(chat, name)
         if value is not None and (value != 0 or name == "seed"):  # a penalty of 0 is none
             refuse(name, drop)
+
+
+def refuse_names(chat: Chat, drop: frozenset[str]) -> None:
+    """Refuse messages with a `name`, unless `drop` has `messages.name`: it tells participants of one role apart, for
+    which no other wire has a word, and what a gateway would make of it is nothing that the client said. A tool's name
+    is that of its call."""
+    for at, message in enumerate(chat.messages):
+        if message.name and message.role != "tool":
+            refuse(f"messages[{at}].name", drop)
+
+
+def _check_refused(value: dict[str, Any], root: Members, refused: frozenset[str], drop: frozenset[str]) -> None:
+    for name in value:
+        if name in refused and buys(name, value[name]):
+            refuse(name, drop, reason(name))
+            root.any(name)
 
 
 def _at_least_1(root: Members, name: str) -> int | None:

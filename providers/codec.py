@@ -40,6 +40,8 @@ class Upstream:
 
     `drop` are the request's members that are left out where this provider cannot serve them (all of them where it has
     "*"); any other of them is refused. `options` are settings that only its kind knows (a region, an API version).
+    `refused` are members that buy more than the price covers (`providers.refused`); `caseless` says that the server may
+    read their names, and those of the gateway's own, in any case.
     """
 
     name: str
@@ -52,6 +54,8 @@ class Upstream:
     drop: frozenset[str] = frozenset()
     options: Mapping[str, str] = field(default_factory=dict, hash=False)
     key_style: Literal["bearer", "api-key"] = "bearer"
+    refused: frozenset[str] = frozenset()
+    caseless: bool = False
 
     def __repr__(self) -> str:
         return f"Upstream({self.name!r})"
@@ -62,7 +66,8 @@ class ChatCall(msgspec.Struct, frozen=True):
 
     `body` is the upstream body; `model` the candidate's model; `choices` how many the client wants;
     `usage_wanted` whether the client asked for the usage chunk; `rename_to` a model name to put into answers;
-    `created` the time in answers that the gateway makes, in seconds (codecs read no clock).
+    `created` the time in answers that the gateway makes, in seconds (codecs read no clock); `root` the client's own
+    body, where it is read already: a codec that must know its members reads `body` again without it.
     """
 
     body: bytes
@@ -73,6 +78,7 @@ class ChatCall(msgspec.Struct, frozen=True):
     rename_to: str | None = None
     frame_bytes_max: int = 1024 * 1024
     created: int = 0
+    root: RootObject | None = None
 
 
 class UpstreamRequest(msgspec.Struct, frozen=True):
@@ -100,7 +106,7 @@ class Codec(Protocol):
     """A provider's wire, both ways. Made with `(upstream, call)`; `providers.registry` finds the class."""
 
     def request(self, call: ChatCall, request_id: str) -> UpstreamRequest:
-        """The upstream request for `call`. A codec that translates raises `BadRequest` or `Unsupported`."""
+        """The upstream request for `call`. Raises `Unsupported`, and `BadRequest` where the codec translates."""
 
     def feed(self, data: bytes) -> list[Event]:
         """Events completed by `data`. Never raises: damage becomes `Failed`."""

@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 from providers.chat_chunks import (
+    UNKNOWN_ID,
     ChunkMaker,
     WholeAnswer,
     assistant_message,
@@ -24,7 +25,8 @@ from providers.chat_chunks import (
 )
 from providers.chat_request import read_chat
 from providers.codec import ChatCall, Upstream, UpstreamRequest
-from providers.events import Channel, Chunk, Completed, Delta, Event, Failed, ProviderFailure, UsageSeen
+from providers.events import Channel, Chunk, Delta, Event, ProviderFailure, UsageSeen
+from providers.failures import UNREADABLE, garbage, truncated
 from providers.gemini_errors import (
     blocked_prompt,
     error_in,
@@ -36,7 +38,6 @@ from providers.gemini_errors import (
 from providers.gemini_request import native_body
 from providers.gemini_wire import (
     NO_REASON,
-    UNREADABLE,
     Candidate,
     Frame,
     GeminiSplitter,
@@ -47,18 +48,10 @@ from providers.gemini_wire import (
     read_frame,
 )
 from providers.json_root import NotAnObject, RootObject
-from providers.sse import FrameTooLarge
+from providers.stream import STREAM_HEADERS, WHOLE_HEADERS, SseStream
 
 CHOICES_MAX = 128
 """Candidates of one answer (OpenAI's own bound of `n`); an index beyond it is damage."""
-_UNKNOWN_ID = "chatcmpl-tollgate"
-_HEADERS = (
-    (b"content-type", b"application/json"),
-    (b"accept-encoding", b"identity"),
-    (b"user-agent", b"tollgate"),
-)
-_STREAM_HEADERS = (*_HEADERS, (b"accept", b"text/event-stream"))
-_WHOLE_HEADERS = (*_HEADERS, (b"accept", b"application/json"))
 _UNSPOKEN = {"thought", "signature"}
 _FOLDERS = ("models/", "tunedModels/")
 
@@ -75,7 +68,7 @@ class _Choice:
         self.finished = False
 
 
-class GeminiCodec:
+class GeminiCodec(SseStream):
     """One attempt's wire. See `providers.codec.Codec` for the methods' contract."""
 
     def __init__(self, upstream: Upstream, call: ChatCall) -> None:
@@ -83,21 +76,19 @@ class GeminiCodec:
         self._call = call
         self._splitter = GeminiSplitter(call.frame_bytes_max)
         self._maker: ChunkMaker | None = None
-        self._answer_id = _UNKNOWN_ID
+        self._answer_id = UNKNOWN_ID
         self._choices: dict[int, _Choice] = {}
         self._usage = UsageSoFar()
         self._spoke = False
         self._thought = False
-        self._over = False
 
     def request(self, call: ChatCall, request_id: str) -> UpstreamRequest:
         """POST to `<base>/models/<model>:streamGenerateContent?alt=sse`, or `:generateContent`. A Vertex key is an
         OAuth access token. Raises `chat_request.Unsupported` and `chat_request.BadRequest`."""
         upstream = self._upstream
-        body = native_body(
-            read_chat(call.body, native_tools=True), call.model, vertex=upstream.kind == "vertex", drop=upstream.drop
-        )
-        headers: tuple[tuple[bytes, bytes], ...] = _STREAM_HEADERS if call.stream else _WHOLE_HEADERS
+        chat = read_chat(call.body, native_tools=True, refused=upstream.refused, drop=upstream.drop)
+        body = native_body(chat, call.model, vertex=upstream.kind == "vertex", drop=upstream.drop)
+        headers: tuple[tuple[bytes, bytes], ...] = STREAM_HEADERS if call.stream else WHOLE_HEADERS
         if upstream.key is not None and upstream.kind == "vertex":
             headers = (*headers, (b"authorization", b"Bearer " + upstream.key.encode()))
         elif upstream.key is not None:
@@ -105,45 +96,17 @@ class GeminiCodec:
         own = ((b"x-request-id", request_id.encode()),)
         return UpstreamRequest(b"POST", upstream.target + _path(call), headers, own, body)
 
-    def feed(self, data: bytes) -> list[Event]:
-        """Events completed by `data`; after `Failed` or `Completed` there are no more."""
-        events: list[Event] = []
-        if self._over:
-            return events
-        try:
-            frames = self._splitter.feed(data)
-        except FrameTooLarge:
-            self._fail(events, _garbage("The provider sent a frame above the size limit."))
-            return events
-        for _, payload in frames:
-            if self._over:
-                break
-            self._frame(payload, events)
-        return events
-
-    def end_of_stream(self) -> list[Event]:
-        """The body ended by itself: complete when every candidate has a finish reason, or the profile ends so.
+    def _end(self, events: list[Event]) -> None:
+        """Complete when every candidate has a finish reason, or the profile ends so.
 
         The finish chunks wait until here because some models name a reason before their last piece.
         """
-        events: list[Event] = []
-        if self._over:
-            return events
-        try:
-            for _, payload in self._splitter.end():
-                self._frame(payload, events, last=True)
-        except FrameTooLarge:
-            self._fail(events, _garbage("The provider sent a frame above the size limit."))
-        if self._over:
-            return events
         if self._choices and (self._whole_so_far() or self._upstream.clean_eof):
             self._complete(events)
         else:
-            self._fail(events, _truncated())
-        return events
+            self._fail(events, truncated())
 
-    def _frame(self, payload: bytes, events: list[Event], *, last: bool = False) -> None:
-        """One frame's events. `last`: the body ended in it, so that what cannot be read was cut off."""
+    def _frame(self, name: bytes, payload: bytes, events: list[Event]) -> None:
         if not payload.strip() or payload == b"[DONE]":
             return
         try:
@@ -152,8 +115,10 @@ class GeminiCodec:
             error = error_in(payload)
             if error is not None:
                 self._fail(events, failure_from_error(error))
+            elif self._ended:
+                self._fail(events, truncated())  # the body ended in it
             else:
-                self._fail(events, _truncated() if last else _garbage("The provider sent a frame that cannot be read."))
+                self._fail(events, garbage("The provider sent a frame that cannot be read."))
             return
         self._read(frame, found, events)
 
@@ -163,7 +128,7 @@ class GeminiCodec:
             self._fail(events, failure_from_error(error))
             return
         if self._maker is None:
-            self._answer_id = frame.response_id or _UNKNOWN_ID
+            self._answer_id = frame.response_id or UNKNOWN_ID
             self._maker = self._make(frame.model_version)
         failure = _blocked(frame)
         for candidate, parts in found:
@@ -182,7 +147,7 @@ class GeminiCodec:
         """One candidate's chunks; returns the failure that it ended in, if it did."""
         index = candidate.index
         if not 0 <= index < CHOICES_MAX:
-            return _garbage("The provider sent a candidate with an impossible index.")
+            return garbage("The provider sent a candidate with an impossible index.")
         choice = self._choices.get(index)
         if choice is None:
             choice = self._choices[index] = _Choice()
@@ -237,17 +202,10 @@ class GeminiCodec:
                 # A call may follow the frame that named the reason.
                 reason = "tool_calls" if choice.reason == "stop" and choice.calls else choice.reason
                 events.append(maker.finish(reason, index))
-        self._over = True
-        events.append(Completed(self.open_choices))
-
-    def _fail(self, events: list[Event], failure: ProviderFailure) -> None:
-        self._over = True
-        events.append(Failed(failure))
+        super()._complete(events)
 
     def _make(self, model: str | None) -> ChunkMaker:
-        call = self._call
-        name = call.rename_to or model or call.model
-        return ChunkMaker(self._answer_id, name, call.created, null_usage=call.usage_wanted)
+        return ChunkMaker.of(self._call, self._answer_id, model)
 
     def failure(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> ProviderFailure:
         """What a status other than 2xx means."""
@@ -259,7 +217,7 @@ class GeminiCodec:
             return self._whole(*read_frame(body))
         except (NotAnObject, *UNREADABLE):
             error = error_in(body)
-            return _garbage("The provider's answer cannot be read.") if error is None else failure_from_error(error)
+            return garbage("The provider's answer cannot be read.") if error is None else failure_from_error(error)
 
     def _whole(self, frame: Frame, found: list[tuple[Candidate, list[Piece]]]) -> WholeAnswer | ProviderFailure:
         error = error_of(frame.error)
@@ -267,9 +225,9 @@ class GeminiCodec:
             return failure_from_error(error)
         blocked = _blocked(frame)
         if blocked is not None or not found:
-            return blocked or _garbage("The provider's answer has no candidates.")
+            return blocked or garbage("The provider's answer has no candidates.")
         call = self._call
-        answer_id = frame.response_id or _UNKNOWN_ID
+        answer_id = frame.response_id or UNKNOWN_ID
         choices: list[tuple[dict[str, Any], str]] = []
         for candidate, parts in sorted(found, key=lambda each: each[0].index):
             native = candidate.finish_reason
@@ -281,6 +239,8 @@ class GeminiCodec:
         self._usage.update(frame.usage_metadata or {})
         kinds = {piece.kind for _, parts in found for piece in parts}
         usage = self._usage.reported(spoke=bool(kinds - _UNSPOKEN), thought="thought" in kinds, final=True)
+        if usage is not None and usage.partial:
+            usage = None  # of a whole answer it is no report
         model = call.rename_to or frame.model_version or call.model
         body = whole_choices(answer_id, model, call.created, list(choices), usage.raw if usage is not None else b"")
         return WholeAnswer(RootObject(body), usage)
@@ -362,11 +322,3 @@ def _blocked(frame: Frame) -> ProviderFailure | None:
     if feedback is None or feedback.block_reason is None or feedback.block_reason in NO_REASON:
         return None
     return blocked_prompt(feedback.block_reason, feedback.block_reason_message)
-
-
-def _truncated() -> ProviderFailure:
-    return ProviderFailure("truncated", 502, "The provider's stream ended before it was complete.")
-
-
-def _garbage(message: str) -> ProviderFailure:
-    return ProviderFailure("garbage", 502, message)

@@ -67,8 +67,6 @@ class Contents:
             self._result(at, message)
             return
         self._results = None
-        if message.name is not None:
-            refuse(f"messages[{at}].name", self._drop)
         parts = [told for part in message.parts if (told := self._part(at, part)) is not None]
         if message.role in ("system", "developer"):
             if any("text" not in part for part in parts):

@@ -10,12 +10,21 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import msgspec
+from providers.events import ProviderFailure
+from providers.failures import (
+    MESSAGE_CHARS_MAX,
+    decoded,
+    hidden,
+    kind_of,
+    message_in,
+    rate_limited,
+    retry_after_s,
+    too_long,
+    unfinished,
+    within,
+    word,
+)
 
-from providers.events import FailureKind, ProviderFailure
-
-MESSAGE_CHARS_MAX = 2_000
-RETRY_S_MAX = 86_400.0
 CONTENT_POLICY_CODE = "content_policy_violation"
 _STATUSES = {
     "INVALID_ARGUMENT": 400,
@@ -36,6 +45,8 @@ _STATUSES = {
     "DEADLINE_EXCEEDED": 504,
 }
 """google.rpc.Code's own mapping to HTTP, for errors inside a stream that name a status and no number."""
+_SERVERS = (408, 499)
+"""No fault of the caller's: 499 is CANCELLED, and it was not us."""
 _KEY_REASONS = ("API_KEY_", "ACCESS_TOKEN_", "CREDENTIALS_MISSING", "BILLING_DISABLED", "SERVICE_DISABLED")
 _DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)s")
 _KEY_TEXT = re.compile(r"api key (?:not (?:valid|found)|expired)|location is not supported", re.IGNORECASE)
@@ -45,14 +56,13 @@ _TOO_LONG = re.compile(
     re.IGNORECASE,
 )
 """What Google says of a prompt that is too long; it has no reason or status of its own (a plain INVALID_ARGUMENT)."""
-_decode = msgspec.json.Decoder().decode
 
 
 def failure_from_status(status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> ProviderFailure:
     """A provider's answer with a status other than 2xx. RetryInfo in the body wins over the `retry-after` header."""
     failure = _failure(error_in(body) or {}, status)
     if failure.retry_after_s is None:
-        failure.retry_after_s = _header_retry_s(headers)
+        failure.retry_after_s = retry_after_s(headers)
     return failure
 
 
@@ -78,15 +88,12 @@ def failed_finish(reason: str) -> ProviderFailure:
     if reason == "MISSING_THOUGHT_SIGNATURE":
         text = "The provider misses the thought signature of a tool call (extra_content.google.thought_signature)."
         return ProviderFailure("caller", 400, text, "invalid_request_error", "invalid_value", "messages")
-    return ProviderFailure("server", 502, f"The model did not complete its answer ({reason[:100]}).", "server_error")
+    return unfinished(reason)
 
 
 def error_in(body: bytes) -> dict[str, Any] | None:
     """The error object in a body: in an object, or in the first object of an array (as without `alt=sse`)."""
-    try:
-        value = _decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None
+    value = decoded(body)
     if isinstance(value, list):
         value = next((each for each in value if isinstance(each, dict)), None)
     return error_of(value.get("error")) if isinstance(value, dict) else None
@@ -100,30 +107,18 @@ def error_of(error: Any) -> dict[str, Any] | None:
 
 
 def _failure(error: dict[str, Any], status: int) -> ProviderFailure:
-    message = error.get("message")
-    text = message[:MESSAGE_CHARS_MAX] if isinstance(message, str) and message else "The provider reported an error."
-    details = _details(error)
-    failure = ProviderFailure(_kind(status), status, text, _word(error.get("status")), retry_after_s=_retry_s(details))
+    text, details = message_in(error, "message"), _details(error)
+    kind = kind_of(status, _SERVERS)
+    failure = ProviderFailure(kind, status, text, word(error.get("status")), retry_after_s=_retry_s(details))
     if status == 400 and (_key_reason(details) or _KEY_TEXT.search(text)):
         failure.kind = "key_refused"  # Google answers 400 to a bad key
     elif status == 400 and _TOO_LONG.search(text):
-        failure.kind, failure.code, failure.param = "context_length", "context_length_exceeded", "messages"
-        failure.type = "invalid_request_error"
+        too_long(failure)
     elif status == 429:  # its text names our project and our plan
-        failure.message, failure.code = "The provider's rate limit is reached.", "rate_limit_exceeded"
+        rate_limited(failure)
     elif status >= 500 or failure.kind == "server":
-        failure.message = f"The provider reported an error (status {status})."
+        failure.message = hidden(status)
     return failure
-
-
-def _kind(status: int) -> FailureKind:
-    if status in (401, 402, 403):
-        return "key_refused"
-    if status == 429:
-        return "rate_limited"
-    if status in (503, 529):
-        return "overloaded"
-    return "caller" if 400 <= status < 500 and status not in (408, 499) else "server"
 
 
 def _details(error: dict[str, Any]) -> list[dict[str, Any]]:
@@ -141,21 +136,5 @@ def _retry_s(details: list[dict[str, Any]]) -> float | None:
         delay = each.get("retryDelay")
         found = _DURATION.fullmatch(delay) if isinstance(delay, str) else None
         if found is not None:
-            seconds = float(found[1])
-            return seconds if seconds <= RETRY_S_MAX else None
+            return within(float(found[1]))
     return None
-
-
-def _header_retry_s(headers: list[tuple[bytes, bytes]]) -> float | None:
-    for name, value in headers:
-        if name == b"retry-after":
-            try:
-                seconds = float(value)
-            except ValueError:
-                return None
-            return seconds if 0 <= seconds <= RETRY_S_MAX else None
-    return None
-
-
-def _word(value: object) -> str | None:
-    return value[:200] if isinstance(value, str) else None

@@ -25,6 +25,7 @@ from providers.chat_request import (
     Tool,
     ToolChoice,
     refuse,
+    refuse_names,
     refuse_rest,
 )
 from providers.gemini_contents import Contents
@@ -73,6 +74,7 @@ def native_body(chat: Chat, model: str, *, vertex: bool, drop: frozenset[str]) -
     traits = traits_of(model)
     passed = refuse_rest(chat, PASSES, BOOKKEEPING, drop)
     extras = _extras(passed, drop)
+    refuse_names(chat, drop)
     contents = Contents(signs=traits.signs, vertex=vertex, drop=drop)
     for at, message in enumerate(chat.messages):
         contents.add(at, message)

@@ -17,8 +17,6 @@ from providers.chat_chunks import count, reported, total
 from providers.events import ReportedUsage
 from providers.sse import FrameTooLarge, SseSplitter
 
-UNREADABLE = (msgspec.DecodeError, RecursionError, ValueError)
-"""What decoding provider bytes raises (UnicodeDecodeError is a ValueError)."""
 _BARE = re.compile(rb"^[ \t]*[{\[]", re.MULTILINE)
 _BROKEN_FINISHES = ("MALFORMED_", "UNEXPECTED_", "TOO_MANY_", "MISSING_")
 _FINISHES = {"STOP": "stop", "MAX_TOKENS": "length"}
@@ -202,34 +200,39 @@ class UsageSoFar:
 
         prompt = promptTokenCount + toolUsePromptTokenCount, output = candidatesTokenCount + thoughtsTokenCount. Google
         leaves zeros out, and early chunks leave out counts that are not zero: a missing one is zero only as long as
-        nothing was given out that it would have to count; else there is no report yet. Counts that are no integers
+        nothing was given out that it would have to count; else the report is partial. Counts that are no integers
         come back as -1, so that whoever prices them refuses the report.
         """
         prompt = self._count("promptTokenCount")
         made, thoughts = [self._count(name) if final else self._most.get(name) for name in _OUTPUT]
-        if prompt is None or (made is None and spoke) or (thoughts is None and thought):
+        if prompt is None:
             return None
         given = total(prompt, self._count("toolUsePromptTokenCount") or 0)
         cached = self._count("cachedContentTokenCount") or 0
-        heard = self._heard("promptTokensDetails") + self._heard("toolUsePromptTokensDetails")
-        heard -= self._heard("cacheTokensDetails")  # a token is charged once: as cached
-        return reported(
+        heard = self._of("AUDIO", "promptTokensDetails") + self._of("AUDIO", "toolUsePromptTokensDetails")
+        heard -= self._of("AUDIO", "cacheTokensDetails")  # a token is charged once: as cached
+        said = min(self._of("AUDIO", "candidatesTokensDetails"), made or 0)
+        drawn = max(0, min(self._of("IMAGE", "candidatesTokensDetails"), (made or 0) - said))
+        report = ReportedUsage(
             prompt=given,
             output=total(made or 0, thoughts or 0),
             cached=cached,
             reasoning=thoughts or 0,
             audio_input=max(0, min(heard, given - cached)),
-            audio_output=min(self._heard("candidatesTokensDetails"), made or 0),
+            audio_output=said,
+            image_output=drawn,
+            partial=(made is None and spoke) or (thoughts is None and thought),
         )
+        return reported(report, {"completion_tokens_details": {"image_tokens": drawn}} if drawn else None)
 
     def _count(self, name: str) -> int | None:
         value = self._fields.get(name)
         return None if value is None else count(value)
 
-    def _heard(self, name: str) -> int:
-        """Audio tokens in one of the `...Details` lists."""
-        audio = [each.get("tokenCount") for each in _dicts(self._fields.get(name)) if each.get("modality") == "AUDIO"]
-        return sum(max(0, count(tokens)) for tokens in audio)
+    def _of(self, modality: str, name: str) -> int:
+        """Tokens of a modality in one of the `...Details` lists."""
+        of_it = [each.get("tokenCount") for each in _dicts(self._fields.get(name)) if each.get("modality") == modality]
+        return sum(max(0, count(tokens)) for tokens in of_it)
 
 
 _OUTPUT = ("candidatesTokenCount", "thoughtsTokenCount")

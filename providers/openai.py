@@ -9,11 +9,12 @@ from __future__ import annotations
 import msgspec
 
 from providers.codec import ChatCall, Upstream, UpstreamRequest
-from providers.events import Channel, Chunk, Completed, Delta, Event, Failed, ProviderFailure, ReportedUsage, UsageSeen
+from providers.events import Channel, Chunk, Completed, Delta, Event, ProviderFailure, ReportedUsage, UsageSeen
+from providers.failures import UNREADABLE, garbage, truncated
 from providers.json_root import NotAnObject, RootObject
 from providers.openai_errors import failure_from_frame, failure_from_status
 from providers.openai_repair import finish_payload, repaired, usage_payload
-from providers.openai_request import azure_target, without
+from providers.openai_request import affordable, azure_target, without
 from providers.openai_wire import (
     NO_USAGE,
     WireChoice,
@@ -27,23 +28,15 @@ from providers.openai_wire import (
     unheard,
     usage_of,
 )
-from providers.sse import FrameTooLarge, SseSplitter
+from providers.sse import SseSplitter
+from providers.stream import STREAM_HEADERS, WHOLE_HEADERS, SseStream
 
-UNREADABLE = (msgspec.DecodeError, RecursionError, ValueError)
-"""What decoding provider bytes raises (UnicodeDecodeError is a ValueError)."""
 OURS = b'"x_tollgate"'
 _LF = 0x0A
-_HEADERS = (
-    (b"content-type", b"application/json"),
-    (b"accept-encoding", b"identity"),
-    (b"user-agent", b"tollgate"),
-)
-_STREAM_HEADERS = (*_HEADERS, (b"accept", b"text/event-stream"))
-_WHOLE_HEADERS = (*_HEADERS, (b"accept", b"application/json"))
 _IGNORED_EVENTS = frozenset((b"ping", b"keepalive", b"heartbeat"))
 
 
-class OpenAICodec:
+class OpenAICodec(SseStream):
     """One attempt's wire. See `providers.codec.Codec` for the methods' contract."""
 
     def __init__(self, upstream: Upstream, call: ChatCall) -> None:
@@ -54,12 +47,12 @@ class OpenAICodec:
         self._finished: set[int] = set()
         self._named: set[tuple[int, int]] = set()
         self._first: bytes | None = None
-        self._over = False
 
     def request(self, call: ChatCall, request_id: str) -> UpstreamRequest:
-        """POST to `<base>/chat/completions` with our key and nothing of the client's headers."""
+        """POST to `<base>/chat/completions` with our key and nothing of the client's headers. Raises Unsupported for
+        what the candidate's price does not cover."""
         upstream = self._upstream
-        headers: tuple[tuple[bytes, bytes], ...] = _STREAM_HEADERS if call.stream else _WHOLE_HEADERS
+        headers: tuple[tuple[bytes, bytes], ...] = STREAM_HEADERS if call.stream else WHOLE_HEADERS
         if upstream.key is not None:
             key = upstream.key.encode()
             bearer = upstream.key_style == "bearer"
@@ -67,41 +60,20 @@ class OpenAICodec:
         own = ((b"x-request-id", request_id.encode()),)
         target = upstream.target + b"/chat/completions" if upstream.kind != "azure" else azure_target(upstream, call)
         body = without(call.body, upstream.drop) if upstream.drop else call.body
+        root = call.root
+        if upstream.caseless or (
+            upstream.refused and (root is None or not upstream.refused.isdisjoint(root.spans))
+        ):  # here, so that a request without any of these costs no more than the question
+            body = affordable(body, root, upstream)
         return UpstreamRequest(b"POST", target, headers, own, body)
 
-    def feed(self, data: bytes) -> list[Event]:
-        """Events completed by `data`; after `Failed` or `Completed` there are no more."""
-        events: list[Event] = []
-        if self._over:
-            return events
-        try:
-            frames = self._splitter.feed(data)
-        except FrameTooLarge:
-            self._fail(events, _garbage("The provider sent a frame above the size limit."))
-            return events
-        for name, payload in frames:
-            if self._over:
-                break
-            self._frame(name, payload, events)
-        return events
-
-    def end_of_stream(self) -> list[Event]:
-        """The body ended by itself. Complete when every choice finished, or the profile ends so."""
-        events: list[Event] = []
-        if self._over:
-            return events
-        try:
-            for name, payload in self._splitter.end():
-                self._frame(name, payload, events)
-        except FrameTooLarge:
-            self._fail(events, _garbage("The provider sent a frame above the size limit."))
-        if not self._over:
-            whole = self._finished == self._begun  # not the number asked for: some servers ignore `n`
-            if self._begun and (whole or self._upstream.clean_eof):
-                self._complete(events)
-            else:
-                self._fail(events, _truncated("The provider's stream ended before it was complete."))
-        return events
+    def _end(self, events: list[Event]) -> None:
+        """Complete when every choice finished, or the profile ends so."""
+        whole = self._finished == self._begun  # not the number asked for: some servers ignore `n`
+        if self._begun and (whole or self._upstream.clean_eof):
+            self._complete(events)
+        else:
+            self._fail(events, truncated())
 
     def _frame(self, name: bytes, payload: bytes, events: list[Event]) -> None:
         """One frame's events. What most of a stream is, a piece of one choice's text that passes as it is, is told
@@ -126,14 +98,14 @@ class OpenAICodec:
             if self._begun:
                 self._complete(events)
             else:
-                self._fail(events, _truncated("The provider answered with an empty stream."))
+                self._fail(events, truncated("The provider answered with an empty stream."))
             return
         if name in _IGNORED_EVENTS:
             return
         try:
             self._json_frame(name, payload, chunk, events)
         except UNREADABLE:
-            self._fail(events, _garbage("The provider sent a frame that cannot be read as JSON."))
+            self._fail(events, garbage("The provider sent a frame that cannot be read as JSON."))
 
     def _json_frame(self, name: bytes, payload: bytes, chunk: WireChunk | None, events: list[Event]) -> None:
         """Raises one of UNREADABLE: members that are only skipped at first are checked when they are used."""
@@ -147,7 +119,7 @@ class OpenAICodec:
         if name == b"error" or (chunk is not None and chunk.error is not None):
             self._fail(events, failure_from_frame(payload))
         elif chunk is None:
-            self._fail(events, _garbage("The provider sent a frame that is not a JSON object."))
+            self._fail(events, garbage("The provider sent a frame that is not a JSON object."))
         elif chunk.choices:
             self._chunk(payload, chunk, events)
         else:
@@ -229,11 +201,7 @@ class OpenAICodec:
 
     def _complete(self, events: list[Event]) -> None:
         self._over = True
-        events.append(Completed(tuple(sorted(self._begun - self._finished))))
-
-    def _fail(self, events: list[Event], failure: ProviderFailure) -> None:
-        self._over = True
-        events.append(Failed(failure))
+        events.append(Completed(tuple(sorted(self._begun - self._finished))))  # `open_choices`, and a call less
 
     def failure(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> ProviderFailure:
         """What a status other than 2xx means."""
@@ -244,7 +212,7 @@ class OpenAICodec:
         try:
             return self._answer(body)
         except (NotAnObject, *UNREADABLE):
-            return _garbage("The provider's answer cannot be read as JSON.")
+            return garbage("The provider's answer cannot be read as JSON.")
 
     def _answer(self, body: bytes) -> OpenAIAnswer | ProviderFailure:
         root = RootObject(body)
@@ -253,7 +221,7 @@ class OpenAICodec:
             return failure_from_frame(body)
         choices = root.raw("choices") or b""
         if not choices.startswith(b"["):
-            return _garbage("The provider's answer has no choices.")
+            return garbage("The provider's answer has no choices.")
         usage = _reported(root.raw("usage"))
         if usage is None:
             decode_any(choices)  # its text will be counted, so it must be readable
@@ -304,11 +272,3 @@ def _reported(raw: bytes | None) -> ReportedUsage | None:
         return None if raw is None else usage_of(raw)
     except UNREADABLE:
         return ReportedUsage(prompt=-1, output=-1)
-
-
-def _truncated(message: str) -> ProviderFailure:
-    return ProviderFailure("truncated", 502, message)
-
-
-def _garbage(message: str) -> ProviderFailure:
-    return ProviderFailure("garbage", 502, message)

@@ -244,6 +244,7 @@ class PromptDetails(msgspec.Struct, gc=False, forbid_unknown_fields=True):
 class OutputDetails(msgspec.Struct, gc=False, forbid_unknown_fields=True):
     reasoning_tokens: int | None = None
     audio_tokens: int | None = None
+    image_tokens: int | None = None
     accepted_prediction_tokens: int | None = None
     rejected_prediction_tokens: int | None = None
 
@@ -285,6 +286,9 @@ def usage_of(raw: bytes) -> ReportedUsage | None:
         reasoning=made.reasoning_tokens or 0,
         audio_input=given.audio_tokens or 0,
         audio_output=made.audio_tokens or 0,
+        image_output=_drawn(made.image_tokens, usage.completion_tokens, made.reasoning_tokens, made.audio_tokens)
+        if made.image_tokens
+        else 0,
         raw=raw,
     )
 
@@ -306,16 +310,26 @@ def lenient_usage(raw: bytes) -> ReportedUsage | None:
     reasoning = _count(made, "reasoning_tokens") or 0
     if reasoning > 0 and prompt is not None and output is not None:
         output, raw = _with_reasoning(value, raw, (prompt, output, reasoning))
+    audio = _count(made, "audio_tokens") or 0
+    written, kept = _count(given, "cache_write_tokens") or 0, given.get("cache_write_tokens_details")
+    hour = (_count(kept, "ttl_1h_tokens") or 0) if isinstance(kept, dict) else 0
     return ReportedUsage(
         prompt=prompt,
         output=output,
         cached=cached or 0,
-        cache_write=_count(given, "cache_write_tokens") or 0,
+        cache_write=written,
         reasoning=reasoning,
         audio_input=_count(given, "audio_tokens") or 0,
-        audio_output=_count(made, "audio_tokens") or 0,
+        audio_output=audio,
+        cache_write_1h=max(0, min(hour, written)),
+        image_output=_drawn(_count(made, "image_tokens") or 0, output, reasoning, audio),
         raw=raw,
     )
+
+
+def _drawn(images: int, output: int | None, reasoning: int | None, audio: int | None) -> int:
+    """Tokens of images among the output, never more than the other parts leave of it."""
+    return max(0, min(images, (output or 0) - (reasoning or 0) - (audio or 0)))
 
 
 def _with_reasoning(value: Mapping[str, Any], raw: bytes, counts: tuple[int, int, int]) -> tuple[int, bytes]:

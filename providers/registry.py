@@ -17,10 +17,12 @@ EVENT_STREAM = (b"event-stream",)
 
 
 class Wire(msgspec.Struct, frozen=True):
-    """A wire: `codec` makes one attempt's, and a stream's content type has one of `stream_types` (lower case) in it."""
+    """A wire: `codec` makes one attempt's, and a stream's content type has one of `stream_types` (lower case) in it.
+    `translates`: whether a request is read and written anew for it."""
 
     codec: CodecClass
     stream_types: tuple[bytes, ...]
+    translates: bool = True
 
 
 def wire(codec: str) -> Wire:
@@ -31,7 +33,7 @@ def wire(codec: str) -> Wire:
 def _openai() -> Wire:
     from providers.openai import OpenAICodec
 
-    return Wire(OpenAICodec, EVENT_STREAM)
+    return Wire(OpenAICodec, EVENT_STREAM, translates=False)
 
 
 def _anthropic() -> Wire:

@@ -69,6 +69,13 @@ def test_a_whole_answer_is_openais() -> None:
     ]
 
 
+def test_citations_that_are_none_and_thoughts_without_a_signature_do_not_come_back() -> None:
+    thought = {"type": "thinking", "thinking": "Hm."}
+    said = json.loads(whole({"content": [thought, {"type": "text", "text": "a", "citations": [5]}]}).root.body)
+    message = said["choices"][0]["message"]
+    assert message == {"role": "assistant", "content": "a", "refusal": None, "reasoning_content": "Hm."}
+
+
 def test_content_is_null_only_beside_calls() -> None:
     call = {"type": "tool_use", "id": "t", "name": "f", "input": {}}
     for content, expected in (([call], None), ([], "")):

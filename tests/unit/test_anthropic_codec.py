@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,12 +15,12 @@ from providers.anthropic import CITATIONS_MAX, OPEN_BLOCKS_MAX, AnthropicCodec
 from providers.anthropic_wire import EVENTS
 from providers.chat_chunks import WholeAnswer
 from providers.codec import ChatCall, Upstream
-from providers.events import Channel, Chunk, Completed, Event, Failed, ProviderFailure, UsageSeen
+from providers.events import Channel, Completed, Event, Failed, ProviderFailure, UsageSeen
 from providers.openai_wire import usage_of
+from tests.support.codecs import bytewise, choices, chunks, cut, ends_once, fed, only, transcripts
 
-TRANSCRIPTS = Path(__file__).parent.parent / "transcripts" / "anthropic"
-NAMES = sorted(path.stem for path in TRANSCRIPTS.glob("*.sse"))
-WIRES = {name: (TRANSCRIPTS / f"{name}.sse").read_bytes() for name in NAMES}
+WIRES = transcripts("anthropic")
+NAMES = list(WIRES)
 UPSTREAM = Upstream("p", "anthropic", b"/v1", key="sk-ant")
 
 
@@ -31,30 +29,20 @@ def codec(**call: Any) -> AnthropicCodec:
 
 
 def replay(pieces: list[bytes], **call: Any) -> list[Event]:
-    one = codec(**call)
-    events = [event for piece in pieces for event in one.feed(piece)]
-    return events + one.end_of_stream()
+    return fed(codec(**call), pieces)
 
 
 def read(name: str, **call: Any) -> list[Event]:
     return replay([WIRES[name]], **call)
 
 
-def chunks(events: list[Event]) -> list[Chunk]:
-    return [event for event in events if isinstance(event, Chunk)]
-
-
-def texts(events: list[Event]) -> dict[tuple[Channel, int], str]:
+def all_texts(events: list[Event]) -> dict[tuple[Channel, int], str]:
     found: dict[tuple[Channel, int], str] = {}
     for chunk in chunks(events):
         for delta in chunk.deltas:
             key = (delta.channel, delta.tool)
             found[key] = found.get(key, "") + delta.text
     return found
-
-
-def choices(events: list[Event]) -> list[dict[str, Any]]:
-    return [json.loads(chunk.payload)["choices"][0] for chunk in chunks(events)]
 
 
 def message(events: list[Event]) -> dict[str, Any]:
@@ -69,10 +57,10 @@ def finish(events: list[Event]) -> Any:
     return next(choice["finish_reason"] for choice in choices(events) if choice["finish_reason"])
 
 
-def only(events: list[Event], kind: type[Any]) -> Any:
-    found = [event for event in events if isinstance(event, kind)]
-    assert len(found) == 1, events
-    return found[0]
+def reported(events: list[Event]) -> UsageSeen:
+    """The report that may be the last word; every other one tells of a part."""
+    (found,) = [event for event in events if isinstance(event, UsageSeen) and not event.usage.partial]
+    return found
 
 
 def frame(**event: Any) -> bytes:
@@ -81,22 +69,19 @@ def frame(**event: Any) -> bytes:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_byte_at_a_time_gives_the_same_events(name: str) -> None:
-    assert replay([WIRES[name][i : i + 1] for i in range(len(WIRES[name]))]) == replay([WIRES[name]])
+    assert replay(bytewise(WIRES[name])) == read(name)
 
 
 @settings(deadline=None)
 @given(st.sampled_from(NAMES), st.lists(st.integers(0, 4000), max_size=8))
 def test_any_cut_gives_the_same_events(name: str, cuts: list[int]) -> None:
-    wire = WIRES[name]
-    places = sorted({min(cut, len(wire)) for cut in cuts} | {0, len(wire)})
-    assert replay([wire[a:b] for a, b in itertools.pairwise(places)]) == replay([wire])
+    assert replay(cut(WIRES[name], cuts)) == read(name)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_stream_ends_exactly_once_and_every_chunk_is_openais(name: str) -> None:
     events = read(name)
-    assert len([event for event in events if isinstance(event, Completed | Failed)]) == 1
-    assert isinstance(events[-1], Completed | Failed)
+    assert ends_once(events)
     for chunk in chunks(events):
         ChatCompletionChunk.model_validate_json(chunk.payload)
 
@@ -115,22 +100,22 @@ def test_a_plain_stream_is_openais() -> None:
     assert [chunk.content for chunk in chunks(events)] == [False, True, True, True]
     assert chunks(events)[-1].finished == (0,)
     assert finish(events) == "stop"
-    assert texts(events) == {(Channel.CONTENT, 0): 'Hello \u2028é"'}
-    assert (only(events, UsageSeen).usage.prompt, only(events, UsageSeen).usage.output) == (10, 4)
-    assert events.index(only(events, UsageSeen)) > events.index(chunks(events)[-1])  # a report covers what is before it
+    assert all_texts(events) == {(Channel.CONTENT, 0): 'Hello \u2028é"'}
+    assert (reported(events).usage.prompt, reported(events).usage.output) == (10, 4)
+    assert events.index(reported(events)) > events.index(chunks(events)[-1])  # a report covers what is before it
     assert only(events, Completed).missing_finish == ()
 
 
 def test_thinking_comes_back_with_its_signatures() -> None:
     events = read("thinking")
-    assert texts(events) == {(Channel.REASONING, 0): "Let me see.", (Channel.CONTENT, 0): "Yes!"}
+    assert all_texts(events) == {(Channel.REASONING, 0): "Let me see.", (Channel.CONTENT, 0): "Yes!"}
     whole = message(events)
     assert (whole["content"], whole["reasoning_content"]) == ("Yes!", "Let me see.")
     assert whole["thinking_blocks"] == [
         {"index": 0, "type": "thinking", "thinking": "Let me see.", "signature": "c2ln"},
         {"index": 1, "type": "redacted_thinking", "data": "aGlkZGVu"},
     ]
-    assert only(events, UsageSeen).usage.reasoning == 20
+    assert reported(events).usage.reasoning == 20
 
 
 def test_thinking_between_texts_keeps_its_blocks_apart() -> None:
@@ -141,7 +126,7 @@ def test_thinking_between_texts_keeps_its_blocks_apart() -> None:
 def test_tool_calls_stream_their_arguments_and_an_empty_call_has_an_object() -> None:
     events = read("tools")
     assert finish(events) == "tool_calls"
-    assert texts(events) == {
+    assert all_texts(events) == {
         (Channel.CONTENT, 0): "I look.",
         (Channel.TOOL_NAME, 0): "weather",
         (Channel.TOOL_ARGUMENTS, 0): '{"city": "Köln"}',
@@ -158,7 +143,7 @@ def test_tool_calls_stream_their_arguments_and_an_empty_call_has_an_object() -> 
 def test_the_providers_own_tools_are_not_shown_as_calls_and_citations_name_their_place() -> None:
     events = read("server_tools")
     text = "Look: it rains, or dry."
-    assert texts(events) == {(Channel.CONTENT, 0): text}
+    assert all_texts(events) == {(Channel.CONTENT, 0): text}
     whole = message(events)
     places = [note["url_citation"] for note in whole["annotations"]]
     assert [(text[at["start_index"] : at["end_index"]], at["url"], at["title"]) for at in places] == [
@@ -167,21 +152,22 @@ def test_the_providers_own_tools_are_not_shown_as_calls_and_citations_name_their
     ]
     (cited,) = whole["citations"]
     assert (cited["type"], cited["cited_text"], cited["start_index"]) == ("char_location", "Dry.", 14)
-    usage = only(events, UsageSeen).usage
+    usage = reported(events).usage
     assert (usage.prompt, usage.output) == (4000, 60)  # the last report's, not the first's
     assert json.loads(usage.raw)["server_tool_use"]["web_search_requests"] == 1
 
 
 def test_the_prompt_is_what_was_read_and_written_to_the_cache_too() -> None:
-    usage = only(read("cache"), UsageSeen).usage
+    usage = reported(read("cache")).usage
     assert (usage.prompt, usage.cached, usage.cache_write, usage.output) == (1305, 1000, 300, 7)
+    assert usage.cache_write_1h == 200
     told = json.loads(usage.raw)
     assert (told["prompt_tokens"], told["total_tokens"]) == (1305, 1312)
     assert told["prompt_tokens_details"]["cache_write_tokens_details"] == {"ttl_5m_tokens": 100, "ttl_1h_tokens": 200}
     assert told["prompt_tokens_details"]["cached_tokens"] == 1000
     again = usage_of(usage.raw)
     assert again is not None
-    assert (again.prompt, again.cached, again.cache_write) == (1305, 1000, 300)
+    assert (again.prompt, again.cached, again.cache_write, again.cache_write_1h) == (1305, 1000, 300, 200)
 
 
 @pytest.mark.parametrize(
@@ -193,24 +179,24 @@ def test_stop_reasons(name: str, reason: str) -> None:
 
 
 def test_a_refusals_explanation_is_told() -> None:
-    assert texts(read("refusal")) == {(Channel.REFUSAL, 0): "Not this."}
+    assert all_texts(read("refusal")) == {(Channel.REFUSAL, 0): "Not this."}
 
 
 def test_what_is_unknown_does_not_matter() -> None:
     events = read("unknown")
-    assert texts(events) == {(Channel.CONTENT, 0): "ok"}
-    assert only(events, UsageSeen).usage.output == 3
+    assert all_texts(events) == {(Channel.CONTENT, 0): "ok"}
+    assert reported(events).usage.output == 3
     assert only(events, Completed).missing_finish == ()
 
 
 def test_a_copy_of_the_wire_without_event_names_and_with_done_is_read() -> None:
     events = read("copied")
-    assert texts(events) == {
+    assert all_texts(events) == {
         (Channel.CONTENT, 0): "Hey",
         (Channel.TOOL_NAME, 0): "f",
         (Channel.TOOL_ARGUMENTS, 0): '{"a":1}',
     }
-    assert only(events, UsageSeen).usage.prompt == 12
+    assert reported(events).usage.prompt == 12
     assert isinstance(events[-1], Completed)
 
 
@@ -237,8 +223,28 @@ def test_an_end_without_one_half_of_it_is_complete(name: str, missing: tuple[int
 
 
 def test_counts_that_are_no_counts_come_back_negative() -> None:
-    usage = only(read("bad_usage"), UsageSeen).usage
+    usage = reported(read("bad_usage")).usage
     assert (usage.prompt, usage.output) == (-1, -1)
+
+
+def test_the_first_event_tells_of_the_prompt_before_any_text() -> None:
+    events = read("cache")
+    first = next(event for event in events if isinstance(event, UsageSeen))
+    assert events.index(first) < events.index(next(each for each in chunks(events) if each.deltas))
+    usage = first.usage
+    assert usage.partial
+    assert (usage.prompt, usage.cached, usage.cache_write, usage.cache_write_1h) == (1305, 1000, 300, 200)
+
+
+@pytest.mark.parametrize(
+    ("creation", "hour"),
+    [({"ephemeral_1h_input_tokens": 7}, 7), ({"ephemeral_1h_input_tokens": 99}, 9), ({}, 0), ("x", 0),
+     ({"ephemeral_1h_input_tokens": "many"}, 0), ({"ephemeral_5m_input_tokens": 9}, 0)],
+)  # fmt: skip
+def test_what_is_written_for_an_hour_is_a_part_of_what_is_written(creation: Any, hour: int) -> None:
+    usage = {"input_tokens": 1, "cache_creation_input_tokens": 9, "output_tokens": 3, "cache_creation": creation}
+    seen = reported(replay([frame(type="message_delta", delta={"stop_reason": "end_turn"}, usage=usage)])).usage
+    assert (seen.cache_write, seen.cache_write_1h) == (9, hour)
 
 
 def test_usage_without_a_side_is_no_report() -> None:
@@ -265,6 +271,11 @@ def test_errors_inside_a_stream(error: Any, kind: str) -> None:
 def test_a_bare_error_of_its_event_name_is_one() -> None:
     failure = only(replay([b"event: error\n" + frame(type="overloaded_error", message="x")]), Failed).failure
     assert failure.kind == "overloaded"
+
+
+def test_an_error_whose_text_cannot_be_read_is_one_too() -> None:
+    events = replay([b'event: error\ndata: {"unread":"\xc9"}\n\n'])
+    assert only(events, Failed).failure.kind == "server"
 
 
 def test_a_renamed_model_shows_in_every_payload() -> None:

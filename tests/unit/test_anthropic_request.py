@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from providers.anthropic import AnthropicCodec
-from providers.anthropic_request import OUTPUT_MAX, claude_version
 from providers.anthropic_schema import output_schema
 from providers.chat_request import BadRequest, Unsupported
+from providers.claude import OUTPUT_MAX
 from providers.codec import ChatCall, Upstream, UpstreamRequest
 
 USER = {"role": "user", "content": "Hi"}
@@ -21,11 +21,16 @@ NONE: frozenset[str] = frozenset()
 
 
 def sent(
-    *, drop: frozenset[str] = NONE, options: dict[str, str] | None = None, key: str | None = "sk-ant", **members: Any
+    *,
+    drop: frozenset[str] = NONE,
+    options: dict[str, str] | None = None,
+    key: str | None = "sk-ant",
+    key_style: Literal["bearer", "api-key"] = "api-key",
+    **members: Any,
 ) -> UpstreamRequest:
     body = json.dumps({"model": "claude-opus-4-6", "messages": [USER], **members}).encode()
     call = ChatCall(body, "m", bool(members.get("stream")))
-    upstream = Upstream("p", "anthropic", b"/v1", key=key, drop=drop, options=options or {})
+    upstream = Upstream("p", "anthropic", b"/v1", key=key, drop=drop, options=options or {}, key_style=key_style)
     return AnthropicCodec(upstream, call).request(call, "req-1")
 
 
@@ -63,7 +68,7 @@ def test_a_plain_request_goes_to_messages_with_our_key() -> None:
 
 
 def test_options_change_the_headers() -> None:
-    out = sent(options={"version": "2030-01-01", "beta": "a-1,b-2", "auth": "bearer"})
+    out = sent(options={"version": "2030-01-01", "beta": "a-1,b-2"}, key_style="bearer")
     headers = dict(out.headers)
     assert headers[b"anthropic-version"] == b"2030-01-01"
     assert headers[b"authorization"] == b"Bearer sk-ant"
@@ -137,24 +142,6 @@ def test_models_that_fixed_their_sampling_take_only_its_defaults() -> None:
         assert refused(model=model, top_p=0.5) == "top_p"
         assert "top_p" not in made(model=model, top_p=0.5, drop=frozenset(("top_p",)))
     assert made(model="glm-5", temperature=0.5)["temperature"] == 0.5
-
-
-@pytest.mark.parametrize(
-    ("model", "version"),
-    [
-        ("claude-sonnet-4-6", (4, 6)),
-        ("claude-haiku-4-5-20251001", (4, 5)),
-        ("claude-opus-4-20250514", (4, 0)),
-        ("claude-3-5-haiku-20241022", (3, 5)),
-        ("anthropic/claude-opus-4.6", (4, 6)),
-        ("claude-sonnet-5", (5, 0)),
-        ("claude-fable-5-1", (5, 1)),
-        ("claude-mythos-preview", (99, 0)),
-        ("kimi-k2", None),
-    ],
-)
-def test_versions_are_read_from_names(model: str, version: tuple[int, int] | None) -> None:
-    assert claude_version(model) == version
 
 
 def call(id_: str, arguments: str, name: str = "f") -> dict[str, Any]:

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from providers.chat_chunks import WholeAnswer
 from providers.events import Channel, Chunk, Completed, Event, Failed, ProviderFailure, UsageSeen
+from tests.support.codecs import payloads
 from tests.support.eventstream import event, wire
-from tests.unit.test_bedrock_codec import NAMES, codec, payloads, replay
+from tests.unit.test_bedrock_codec import NAMES, codec, replay
 
 ANSWER: dict[str, Any] = {
     "output": {

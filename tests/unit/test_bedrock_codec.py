@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from typing import Any
 
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 from providers.bedrock import BLOCKS_OPEN_MAX, CITATIONS_MAX, BedrockCodec
 from providers.codec import ChatCall, Upstream
 from providers.events import Channel, Chunk, Completed, Event, Failed, ReportedUsage, UsageSeen
+from tests.support.codecs import bytewise, choices, chunks, cut, ends_once, fed, only, payloads, texts
 from tests.support.eventstream import TRANSCRIPTS, event, wire
 
 NAMES = sorted(path.stem for path in TRANSCRIPTS.glob("*.txt"))
@@ -26,61 +26,39 @@ def codec(upstream: Upstream = UPSTREAM, **call: Any) -> BedrockCodec:
 
 
 def replay(pieces: list[bytes], **call: Any) -> list[Event]:
-    one = codec(**call)
-    events = [event for piece in pieces for event in one.feed(piece)]
-    return events + one.end_of_stream()
+    return fed(codec(**call), pieces)
 
 
 def read(name: str, **call: Any) -> list[Event]:
     return replay([wire(name)], **call)
 
 
-def payloads(events: list[Event]) -> list[dict[str, Any]]:
-    return [json.loads(event.payload) for event in events if isinstance(event, Chunk)]
-
-
 def deltas(events: list[Event]) -> list[dict[str, Any]]:
-    return [payload["choices"][0]["delta"] for payload in payloads(events)]
-
-
-def texts(events: list[Event], channel: Channel) -> str:
-    return "".join(
-        delta.text for event in events if isinstance(event, Chunk) for delta in event.deltas if delta.channel is channel
-    )
-
-
-def only(events: list[Event], kind: type[Any]) -> Any:
-    found = [event for event in events if isinstance(event, kind)]
-    assert len(found) == 1, events
-    return found[0]
+    return [choice["delta"] for choice in choices(events)]
 
 
 def finish(events: list[Event]) -> str:
-    (found,) = [payload for payload in payloads(events) if payload["choices"][0]["finish_reason"] is not None]
-    return str(found["choices"][0]["finish_reason"])
+    (found,) = [choice for choice in choices(events) if choice["finish_reason"] is not None]
+    return str(found["finish_reason"])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_byte_at_a_time_gives_the_same_events(name: str) -> None:
-    raw = wire(name)
-    assert replay([raw[i : i + 1] for i in range(len(raw))]) == replay([raw])
+    assert replay(bytewise(wire(name))) == read(name)
 
 
 @given(st.sampled_from(NAMES), st.lists(st.integers(0, 3000), max_size=6))
 def test_any_cut_gives_the_same_events(name: str, cuts: list[int]) -> None:
-    raw = wire(name)
-    places = sorted({min(cut, len(raw)) for cut in cuts} | {0, len(raw)})
-    assert replay([raw[a:b] for a, b in itertools.pairwise(places)]) == replay([raw])
+    assert replay(cut(wire(name), cuts)) == read(name)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_stream_ends_exactly_once_and_begins_with_the_role(name: str) -> None:
     events = read(name)
-    assert len([event for event in events if isinstance(event, Completed | Failed)]) == 1
-    assert isinstance(events[-1], Completed | Failed)
+    assert ends_once(events)
     if payloads(events):
         assert deltas(events)[0] == {"role": "assistant", "content": "", "refusal": None}
-        assert not next(event for event in events if isinstance(event, Chunk)).content
+        assert not chunks(events)[0].content
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -104,7 +82,7 @@ def test_a_plain_stream_becomes_one_chunk_a_delta() -> None:
     }
     assert finish(events) == "stop"
     assert [type(each).__name__ for each in events[-3:]] == ["Chunk", "UsageSeen", "Completed"]
-    assert [each.finished for each in events if isinstance(each, Chunk)][-1] == (0,)
+    assert [each.finished for each in chunks(events)][-1] == (0,)
     usage = only(events, UsageSeen).usage
     assert (usage.prompt, usage.output) == (9, 4)
     assert one.open_choices == ()
@@ -178,6 +156,7 @@ def test_redacted_thinking_that_is_no_text_is_kept_as_it_came() -> None:
 def test_the_cache_is_part_of_the_prompt_and_its_times_to_live_are_told() -> None:
     usage: ReportedUsage = only(read("cached"), UsageSeen).usage
     assert (usage.prompt, usage.output, usage.cached, usage.cache_write) == (135, 2, 100, 30)
+    assert usage.cache_write_1h == 20
     told = json.loads(usage.raw)
     assert told["total_tokens"] == 137
     assert told["prompt_tokens_details"]["cache_write_tokens_details"] == {"ttl_5m_tokens": 10, "ttl_1h_tokens": 20}
@@ -193,7 +172,7 @@ def test_times_to_live_that_do_not_add_up_are_not_told() -> None:
         b'{"inputTokens":1,"outputTokens":1,"cacheWriteInputTokens":9,"cacheDetails":[{"ttl":"1h","inputTokens":8}]}'
     )
     found = only(codec().feed(event("metadata", b'{"usage":%b}' % usage)), UsageSeen).usage
-    assert (found.cache_write, b"ttl" in found.raw) == (9, False)
+    assert (found.cache_write, found.cache_write_1h, b"ttl" in found.raw) == (9, 8, False)
 
 
 def test_half_a_report_is_none() -> None:

@@ -27,7 +27,7 @@ def test_instructions_go_to_the_front_and_roles_alternate() -> None:
     made = converse(
         [
             {"role": "system", "content": "Be brief."},
-            {"role": "user", "content": "a", "name": "ann"},
+            {"role": "user", "content": "a"},
             {"role": "user", "content": [{"type": "text", "text": "b"}]},
             {"role": "developer", "content": [{"type": "text", "text": "Be kind.", "cache_control": CACHE}]},
             {"role": "assistant", "content": "c"},

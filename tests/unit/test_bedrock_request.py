@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from config.kinds import KINDS
 from providers.bedrock import BedrockCodec
-from providers.bedrock_request import claude_version, converse_body, family_of
+from providers.bedrock_fields import family_of
+from providers.bedrock_request import converse_body
 from providers.chat_request import BadRequest, Unsupported
 from providers.codec import ChatCall, Upstream, UpstreamRequest
 from providers.sigv4 import Credentials, Unsigned, signing_headers
@@ -58,7 +60,7 @@ def test_a_question_is_a_message_and_nothing_else() -> None:
         ({"guardrailConfig": {"guardrailIdentifier": "g"}}, {"guardrailConfig": {"guardrailIdentifier": "g"}}),
         ({"guardrail_config": {"trace": "enabled"}}, {"guardrailConfig": {"trace": "enabled"}}),
         ({"request_metadata": {"a": "b"}}, {"requestMetadata": {"a": "b"}}),
-        ({"additional_model_request_fields": {"x": 1}}, {"additionalModelRequestFields": {"x": 1}}),
+        ({"additional_model_request_fields": {"top_k": 1}}, {"additionalModelRequestFields": {"top_k": 1}}),
         ({"top_k": 5}, {"additionalModelRequestFields": {"top_k": 5}}),
         ({"tools": [], "parallel_tool_calls": False}, {}),
         ({"tools": [WEATHER], "tool_choice": "none"}, {}),
@@ -102,14 +104,77 @@ def test_what_converse_cannot_do_is_refused_by_name_or_dropped(given: dict[str, 
         assert converse(drop=drop, **given) == converse(**kept, **model)
 
 
-@pytest.mark.parametrize("name", ["max_tokens", "maxTokenCount", "max_gen_len", "max_tokens_to_sample"])
-def test_another_output_limit_is_refused_wherever_it_is(name: str) -> None:
-    for fields in ({name: 9}, {"textGenerationConfig": [{name: 9}]}):
-        with pytest.raises(Unsupported) as refused:
-            converse(additionalModelRequestFields=fields, drop="*")
-        assert refused.value.param == f"additionalModelRequestFields.{name}"
+@pytest.mark.parametrize(
+    ("model", "fields"),
+    [
+        (CLAUDE, {"top_k": 5, "thinking": {"type": "enabled", "budget_tokens": 2_000}}),
+        (CLAUDE_46, {"output_config": {"effort": "low"}}),
+        (GPT, {"reasoning_effort": "low"}),
+        (NOVA, {"inferenceConfig": {"topK": 20}}),
+        ("us.amazon.nova-2-lite-v1:0", {"reasoningConfig": {"type": "enabled", "maxReasoningEffort": "low"}}),
+        ("mistral.mistral-7b-instruct-v0:2", {"top_k": 5}),
+        ("cohere.command-r-v1:0", {"k": 5, "seed": 1, "frequency_penalty": 0.5, "presence_penalty": 0.5}),
+        ("ai21.jamba-1-5-large-v1:0", {"frequency_penalty": 0.5}),
+        ("us.deepseek.r1-v1:0", {"reasoning_effort": "low"}),
+    ],
+)
+def test_a_makers_own_fields_pass(model: str, fields: dict[str, Any]) -> None:
+    made = converse(model=model, additionalModelRequestFields=fields)
+    assert made["additionalModelRequestFields"] == fields
+
+
+@pytest.mark.parametrize(
+    "model", [CLAUDE, GPT, NOVA, "meta.llama3-8b", "cohere.command-text-v14", "ai21.j2", "arn:aws:x"]
+)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("max_tokens", "maxTokenCount", "max_gen_len", "max_tokens_to_sample", "max_new_tokens"),
+        "max_completion_tokens",
+        *("n", "numResults", "best_of", "num_generations", "num_return_sequences", "budget_tokens", "anthropic_beta"),
+        *("tools", "documents", "textGenerationConfig", "service_tier", "speed"),
+    ],
+)
+def test_any_other_field_of_a_model_is_refused_or_dropped(model: str, name: str) -> None:
+    with pytest.raises(Unsupported) as refused:
+        converse(model=model, additionalModelRequestFields={name: 9})
+    assert refused.value.param == f"additionalModelRequestFields.{name}"
+    for drop in (refused.value.param, "*"):
+        assert converse(model=model, additionalModelRequestFields={name: 9}, drop=drop) == converse(model=model)
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "param"),
+    [
+        (CLAUDE, {"thinking": {"type": "enabled", "best_of": 2}}, "thinking.best_of"),
+        (CLAUDE, {"additionalModelRequestFields": {"thinking": {"x": 2}}}, "additionalModelRequestFields.thinking.x"),
+        (
+            NOVA,
+            {"additionalModelRequestFields": {"inferenceConfig": {"topK": 1, "maxTokens": 9}}},
+            "additionalModelRequestFields.inferenceConfig.maxTokens",
+        ),
+    ],
+)
+def test_nothing_hides_inside_a_known_field(model: str, given: dict[str, Any], param: str) -> None:
+    with pytest.raises(Unsupported) as refused:
+        converse(model=model, **given)
+    assert refused.value.param == param
+    dropped = converse(model=model, drop=param, **given)["additionalModelRequestFields"]
+    assert param.rpartition(".")[2] not in str(dropped)
+
+
+@pytest.mark.parametrize("fields", ["x", {"top_k": [5]}, {"top_k": {"max_tokens": 9}}, {"thinking": "adaptive"}])
+def test_a_field_of_the_wrong_form_is_a_bad_request(fields: Any) -> None:
     with pytest.raises(BadRequest):
-        converse(additionalModelRequestFields="x")
+        converse(additionalModelRequestFields=fields)
+
+
+def test_a_guardrail_that_the_kind_refuses_is_refused() -> None:
+    body = json.dumps({"model": NOVA, "messages": HI, "guardrail_config": {"guardrailIdentifier": "g"}}).encode()
+    with pytest.raises(Unsupported) as refused:
+        converse_body(body, NOVA, frozenset(), {}, frozenset(KINDS["bedrock"].refused))
+    assert refused.value.param == "guardrail_config"
+    assert b"uardrail" not in converse_body(body, NOVA, frozenset("*"), {}, frozenset(KINDS["bedrock"].refused))
 
 
 def test_schemas_are_text() -> None:
@@ -223,20 +288,23 @@ def test_what_is_not_openais_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "family", "version"),
+    ("model", "family"),
     [
-        (CLAUDE, "anthropic", (3, 7)),
-        (CLAUDE_46, "anthropic", (4, 6)),
-        (CLAUDE_5, "anthropic", (5, 0)),
-        ("anthropic.claude-sonnet-4-20250514-v1:0", "anthropic", (4, 0)),
-        ("arn:aws:bedrock:us-east-1:1:inference-profile/us.anthropic.claude-haiku-4-5-v1:0", "anthropic", (4, 5)),
-        ("anthropic.claude-new", "anthropic", (99, 0)),
-        (GPT, "openai", (0, 0)),
-        (NOVA, "", (0, 0)),
+        (CLAUDE, "anthropic"),
+        (CLAUDE_46, "anthropic"),
+        (CLAUDE_5, "anthropic"),
+        ("anthropic.claude-sonnet-4-20250514-v1:0", "anthropic"),
+        ("arn:aws:bedrock:us-east-1:1:inference-profile/us.anthropic.claude-haiku-4-5-v1:0", "anthropic"),
+        ("anthropic.claude-new", "anthropic"),
+        (GPT, "openai"),
+        (NOVA, "amazon"),
+        ("us.meta.llama3-3-70b-instruct-v1:0", "meta"),
+        ("arn:aws:bedrock:us-east-1:1:application-inference-profile/abc", ""),
+        ("google.gemma-3-27b-it", ""),
     ],
 )
-def test_ids_tell_whose_a_model_is(model: str, family: str, version: tuple[int, int]) -> None:
-    assert (family_of(model), claude_version(model)) == (family, version)
+def test_ids_tell_whose_a_model_is(model: str, family: str) -> None:
+    assert family_of(model) == family
 
 
 def sent(key: str | None, options: dict[str, str] | None = None, *, stream: bool = True) -> UpstreamRequest:

@@ -17,11 +17,10 @@ from providers.chat_chunks import (
     reported,
     tool_call,
     total,
-    usage_json,
     whole_answer,
     whole_choices,
 )
-from providers.events import Channel, Chunk, Delta
+from providers.events import Channel, Chunk, Delta, ReportedUsage
 from providers.json_root import RootObject
 from providers.openai import OpenAICodec
 from providers.openai_wire import usage_of
@@ -105,7 +104,7 @@ def test_a_whole_answer_is_openais_and_its_texts_are_found() -> None:
     message = assistant_message(
         "é", reasoning="hm", tool_calls=[tool_call("c", "f", '{"a":1}', {"x": 1})], extra={"thinking_blocks": []}
     )
-    raw = usage_json(prompt=3, output=2)
+    raw = reported(ReportedUsage(3, 2)).raw
     body = whole_answer("i", "m", 5, message, "tool_calls", raw)
     ChatCompletion.model_validate_json(body, strict=True)
     answer = WholeAnswer(RootObject(body), usage_of(raw))
@@ -126,7 +125,7 @@ def test_an_answer_of_several_choices_and_without_usage() -> None:
 
 def test_usage_is_openais_with_details_merged() -> None:
     details = {"prompt_tokens_details": {"split": {"a": 1}}, "server_tool_use": {"b": 2}}
-    usage = reported(prompt=10, output=5, cached=4, cache_write=3, reasoning=2, audio_input=1, details=details)
+    usage = reported(ReportedUsage(10, 5, cached=4, cache_write=3, reasoning=2, audio_input=1), details)
     read = usage_of(usage.raw)
     assert read is not None
     assert (read.prompt, read.output, read.cached, read.cache_write, read.reasoning) == (10, 5, 4, 3, 2)

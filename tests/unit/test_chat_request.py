@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from providers.chat_request import (
     BOOKKEEPING,
+    PARTS_MAX,
     Audio,
     BadRequest,
     Chat,
@@ -26,8 +27,11 @@ from providers.chat_request import (
     Unsupported,
     read_chat,
     refuse_fields,
+    refuse_names,
     refuse_rest,
 )
+from providers.codec import ChatCall, Upstream
+from providers.registry import wire
 
 NONE: frozenset[str] = frozenset()
 
@@ -262,6 +266,52 @@ def test_what_is_not_openais_is_refused_by_name(members: dict[str, Any], param: 
 def test_a_body_that_is_no_object_is_refused(body: bytes) -> None:
     with pytest.raises(BadRequest):
         read_chat(body)
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}] * PARTS_MAX}]},
+        {"messages": [{"role": "user", "content": ["x"] * 100}] * (PARTS_MAX // 100)},
+        {"messages": [{"role": "assistant", "thinking_blocks": [{}] * PARTS_MAX}]},
+        {"tools": [{"type": "function", "function": {"name": "f"}}] * PARTS_MAX},
+    ],
+    ids=["one message", "many messages", "thinking", "tools"],
+)
+def test_more_parts_than_are_translated_are_refused(members: dict[str, Any]) -> None:
+    read(**members)
+    more = [*members.get("messages", []), {"role": "user", "content": ["y"]}]
+    with pytest.raises(BadRequest) as caught:
+        read(**{**members, "messages": more})
+    assert (caught.value.param, str(PARTS_MAX) in caught.value.message) == ("messages", True)
+
+
+@pytest.mark.parametrize("codec", ["anthropic", "gemini", "bedrock"])
+@pytest.mark.parametrize("role", ["user", "assistant", "system"])
+def test_a_messages_name_is_refused_unless_the_configuration_drops_it(codec: str, role: str) -> None:
+    named = [{"role": "user", "content": "a"}, {"role": role, "content": "b", "name": "ann"}]
+    body = json.dumps({"model": "m", "messages": named}).encode()
+    call = ChatCall(body, "m", stream=False)
+    with pytest.raises(Unsupported) as caught:
+        wire(codec).codec(Upstream("p", codec, b"/v1"), call).request(call, "r")
+    assert caught.value.param == "messages[1].name"
+    for drop in ("messages.name", "*"):
+        out = wire(codec).codec(Upstream("p", codec, b"/v1", drop=frozenset((drop,))), call).request(call, "r")
+        assert b"ann" not in out.body
+
+
+def test_a_tools_name_is_that_of_its_call() -> None:
+    calls = [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+    refuse_names(
+        read(
+            messages=[
+                {"role": "user", "content": "a", "name": ""},
+                {"role": "assistant", "tool_calls": calls},
+                {"role": "tool", "tool_call_id": "c", "content": "b", "name": "f"},
+            ]
+        ),
+        NONE,
+    )
 
 
 def test_the_rest_passes_is_left_out_or_is_refused() -> None:

@@ -79,6 +79,21 @@ def test_a_whole_answer_is_openais() -> None:
     assert told["usage"]["completion_tokens_details"]["reasoning_tokens"] == 3
 
 
+@pytest.mark.parametrize(
+    ("details", "drawn"),
+    [([{"modality": "IMAGE", "tokenCount": 1290}, {"modality": "TEXT", "tokenCount": 5}], 1290),
+     ([{"modality": "IMAGE", "tokenCount": 9999}], 1295), ([{"modality": "IMAGE", "tokenCount": -1}], 0), (None, 0),
+     ([{"modality": "AUDIO", "tokenCount": 95}, {"modality": "IMAGE", "tokenCount": 1290}], 1200)],
+)  # fmt: skip
+def test_tokens_of_images_are_a_class_of_the_output(details: Any, drawn: int) -> None:
+    counts = {"promptTokenCount": 3, "candidatesTokenCount": 1295, "candidatesTokensDetails": details}
+    usage = answer_of(body_of({"text": "a"}, usageMetadata=counts)).usage
+    assert usage is not None
+    assert (usage.output, usage.image_output, usage.partial) == (1295, drawn, False)
+    told = json.loads(usage.raw)["completion_tokens_details"]
+    assert told.get("image_tokens", 0) == drawn
+
+
 def test_its_texts_and_usage_are_for_the_meter() -> None:
     answer = answer_of(body_of({"text": "a", "thought": True}, {"text": "b"}))
     assert answer.usage is not None

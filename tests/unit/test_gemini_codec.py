@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from providers.codec import ChatCall, Upstream
-from providers.events import Channel, Chunk, Completed, Event, Failed, ProviderFailure, UsageSeen
+from providers.events import Channel, Completed, Event, Failed, ProviderFailure, UsageSeen
 from providers.gemini import GeminiCodec
+from tests.support.codecs import bytewise, choices, chunks, cut, ends_once, fed, only, payloads, texts, transcripts
 
-TRANSCRIPTS = Path(__file__).parent.parent / "transcripts" / "gemini"
-NAMES = sorted(path.stem for path in TRANSCRIPTS.glob("*.sse"))
+WIRES = transcripts("gemini")
+NAMES = list(WIRES)
 UPSTREAM = Upstream("g", "gemini", b"/v1beta", key="key-upstream")
-SIZE = max(path.stat().st_size for path in TRANSCRIPTS.glob("*.sse"))
+SIZE = max(map(len, WIRES.values()))
 
 
 def codec(upstream: Upstream = UPSTREAM, **call: Any) -> GeminiCodec:
@@ -26,36 +25,19 @@ def codec(upstream: Upstream = UPSTREAM, **call: Any) -> GeminiCodec:
 
 
 def replay(pieces: list[bytes], upstream: Upstream = UPSTREAM, **call: Any) -> list[Event]:
-    one = codec(upstream, **call)
-    events = [event for piece in pieces for event in one.feed(piece)]
-    return events + one.end_of_stream()
-
-
-def wire_of(name: str) -> bytes:
-    return (TRANSCRIPTS / f"{name}.sse").read_bytes()
+    return fed(codec(upstream, **call), pieces)
 
 
 def read(name: str, **call: Any) -> list[Event]:
-    return replay([wire_of(name)], **call)
-
-
-def payloads(events: list[Event]) -> list[dict[str, Any]]:
-    return [json.loads(event.payload) for event in events if isinstance(event, Chunk)]
+    return replay([WIRES[name]], **call)
 
 
 def deltas(events: list[Event], choice: int = 0) -> list[dict[str, Any]]:
-    choices = [payload["choices"][0] for payload in payloads(events)]
-    return [each["delta"] for each in choices if each["index"] == choice and each["finish_reason"] is None]
+    return [each["delta"] for each in choices(events) if each["index"] == choice and each["finish_reason"] is None]
 
 
 def reasons(events: list[Event]) -> list[tuple[int, str]]:
-    choices = [payload["choices"][0] for payload in payloads(events)]
-    return [(each["index"], each["finish_reason"]) for each in choices if each["finish_reason"]]
-
-
-def texts(events: list[Event], channel: Channel, choice: int = 0) -> str:
-    found = [delta for event in events if isinstance(event, Chunk) for delta in event.deltas]
-    return "".join(delta.text for delta in found if (delta.channel, delta.choice) == (channel, choice))
+    return [(each["index"], each["finish_reason"]) for each in choices(events) if each["finish_reason"]]
 
 
 def usage_of(events: list[Event]) -> tuple[int | None, int | None, int]:
@@ -63,32 +45,22 @@ def usage_of(events: list[Event]) -> tuple[int | None, int | None, int]:
     return last.prompt, last.output, last.reasoning
 
 
-def only(events: list[Event], kind: type[Any]) -> Any:
-    found = [event for event in events if isinstance(event, kind)]
-    assert len(found) == 1, events
-    return found[0]
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_a_byte_at_a_time_gives_the_same_events(name: str) -> None:
-    wire = wire_of(name)
-    assert replay([wire[i : i + 1] for i in range(len(wire))]) == replay([wire])
+    assert replay(bytewise(WIRES[name])) == read(name)
 
 
 @settings(max_examples=150)
 @given(st.sampled_from(NAMES), st.lists(st.integers(0, SIZE), max_size=6))
 def test_any_cut_gives_the_same_events(name: str, cuts: list[int]) -> None:
-    wire = wire_of(name)
-    places = sorted({min(cut, len(wire)) for cut in cuts} | {0, len(wire)})
-    assert replay([wire[a:b] for a, b in itertools.pairwise(places)]) == replay([wire])
+    assert replay(cut(WIRES[name], cuts)) == read(name)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_stream_ends_exactly_once_and_no_payload_has_a_line_end(name: str) -> None:
     events = read(name)
-    assert len([event for event in events if isinstance(event, Completed | Failed)]) == 1
-    assert isinstance(events[-1], Completed | Failed)
-    assert not any(b"\n" in event.payload or b"\r" in event.payload for event in events if isinstance(event, Chunk))
+    assert ends_once(events)
+    assert not any(b"\n" in event.payload or b"\r" in event.payload for event in chunks(events))
 
 
 def test_a_plain_stream_is_openais() -> None:
@@ -99,8 +71,8 @@ def test_a_plain_stream_is_openais() -> None:
         {"content": "lo \u2028é"},
         {"content": "!"},
     ]
-    assert [event.content for event in events if isinstance(event, Chunk)] == [False, True, True, True, True]
-    assert [event.finished for event in events if isinstance(event, Chunk)] == [(), (), (), (), (0,)]
+    assert [event.content for event in chunks(events)] == [False, True, True, True, True]
+    assert [event.finished for event in chunks(events)] == [(), (), (), (), (0,)]
     heads = [{name: value for name, value in each.items() if name != "choices"} for each in payloads(events)]
     head = {"id": "resp-1", "object": "chat.completion.chunk", "created": 17, "model": "gemini-t"}
     assert heads == [head] * 5
@@ -251,7 +223,7 @@ def test_what_came_before_damage_counts_and_nothing_after_it() -> None:
 
 
 def test_a_profile_may_end_its_streams_without_a_reason() -> None:
-    events = replay([wire_of("truncated")], Upstream("g", "gemini", b"", clean_eof=True))
+    events = replay([WIRES["truncated"]], Upstream("g", "gemini", b"", clean_eof=True))
     assert only(events, Completed).missing_finish == (0,)
 
 
@@ -295,8 +267,8 @@ def test_of_each_count_the_last_one_seen_is_told(name: str, expected: tuple[int,
 
 def test_there_is_no_report_before_it_covers_the_text() -> None:
     assert [event for event in read("no_usage") if isinstance(event, UsageSeen)] == []
-    outputs = [event.usage.output for event in read("plain") if isinstance(event, UsageSeen)]
-    assert outputs == [2, 3]  # the first chunk has text and a prompt count only
+    said = [(event.usage.output, event.usage.partial) for event in read("plain") if isinstance(event, UsageSeen)]
+    assert said == [(0, True), (2, False), (3, False)]  # the first chunk has text and a prompt count only
 
 
 def test_audio_that_was_cached_is_counted_once() -> None:
@@ -306,7 +278,7 @@ def test_audio_that_was_cached_is_counted_once() -> None:
 
 def test_a_report_follows_the_text_it_came_with() -> None:
     kinds = [type(event).__name__ for event in read("plain")]
-    assert kinds == ["Chunk", "Chunk", "Chunk", "UsageSeen", "Chunk", "UsageSeen", "Chunk", "Completed"]
+    assert kinds == ["Chunk", *["Chunk", "UsageSeen"] * 3, "Chunk", "Completed"]
 
 
 def test_comments_pings_and_json_over_several_lines_are_read() -> None:
@@ -321,14 +293,14 @@ def test_an_answer_without_names_gets_ours() -> None:
 
 def test_a_renamed_model_shows_in_every_payload() -> None:
     one = codec(rename_to="public")
-    events = one.feed(wire_of("plain")) + one.end_of_stream()
+    events = one.feed(WIRES["plain"]) + one.end_of_stream()
     own = [one.finish_chunk(0, "length"), one.usage_chunk(b'{"a":1}', b',"x":2')]
     assert {each["model"] for each in payloads(events) + [json.loads(each) for each in own]} == {"public"}
 
 
 def test_our_own_chunks_look_like_the_streams() -> None:
     one = codec(usage_wanted=True)
-    one.feed(wire_of("plain"))
+    one.feed(WIRES["plain"])
     usage = json.loads(one.usage_chunk(b'{"total_tokens":1}', b',"x_tollgate":{}'))
     assert (usage["id"], usage["choices"], usage["usage"], usage["x_tollgate"]) == (
         "resp-1",
@@ -388,9 +360,13 @@ def test_no_bytes_make_it_raise(wire: bytes, size: int) -> None:
 
 
 @settings(max_examples=200)
-@given(st.sampled_from(NAMES), st.lists(st.tuples(st.integers(0, SIZE), st.binary(max_size=3)), max_size=4), st.data())
+@given(
+    st.sampled_from(NAMES),
+    st.lists(st.tuples(st.integers(0, SIZE), st.binary(max_size=3)), max_size=4),
+    st.data(),
+)
 def test_damaged_transcripts_do_not_make_it_raise(name: str, damage: list[tuple[int, bytes]], data: Any) -> None:
-    wire = bytearray(wire_of(name))
+    wire = bytearray(WIRES[name])
     for place, piece in damage:
         wire[place : place + len(piece)] = piece
     cut = data.draw(st.integers(0, len(wire)))

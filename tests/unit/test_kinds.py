@@ -11,11 +11,13 @@ import pytest
 from genai_prices import data_snapshot
 
 from config.catalog import compile_catalog
-from config.kinds import KINDS, key_style
+from config.kinds import FAMILIES, KINDS, check, key_style
 from config.prices import Price
 from config.providers import Provider
 from config.routing import Candidate, Route
 from config.settings import ConfigError, Secrets, Settings, load, read_secrets
+from providers.bedrock_fields import FIELDS
+from providers.refused import READ
 from providers.registry import CODECS, wire
 from proxy.candidates import build_routes
 
@@ -142,10 +144,39 @@ def test_addresses_that_options_make(kind: str, table: dict[str, object], addres
     assert made(kind, **table).base_url == address
 
 
-def test_azures_key_may_be_a_token() -> None:
-    assert key_style(made("azure")) == "api-key"
-    assert key_style(made("azure", options={"auth": "bearer"})) == "bearer"
+@pytest.mark.parametrize("kind", ["azure", "anthropic"])
+def test_auth_means_the_same_at_every_kind_that_has_it(kind: str) -> None:
+    assert key_style(made(kind)) == "api-key"
+    assert key_style(made(kind, options={"auth": "api-key"})) == "api-key"
+    assert key_style(made(kind, options={"auth": "bearer"})) == "bearer"
     assert key_style(made("openai")) == "bearer"
+
+
+def test_what_is_refused_is_the_kinds_unless_the_table_says_it() -> None:
+    assert made("llamacpp").refuse == KINDS["llamacpp"].refused
+    assert made("llamacpp", refuse=[]).refuse == ()
+    assert made("ollama", refuse=["seed"]).refuse == ("seed",)
+    everything = {name for kind in KINDS.values() if kind.codec == "openai" for name in kind.refused}
+    assert set(KINDS["generic"].refused) == everything  # it may be any of them
+    assert everything & READ == {"tools"}  # what the gateway itself sends is never refused whole
+    assert all(row.caseless for name, row in KINDS.items() if name in ("ollama", "generic"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("anthropic", {"version": "2023-06-01", "beta": "a-2025-01-01,b-1", "auth": "api-key", "thinking": "budget"}),
+        ("azure", {"api_version": "2025-04-01-preview", "auth": "bearer"}),
+        ("azure", {"api_version": "preview"}),
+        *(("bedrock", {"region": "eu-central-1", "family": family}) for family in FAMILIES),
+    ],
+)
+def test_what_options_may_be(kind: str, options: dict[str, str]) -> None:
+    check(made(kind, options=options))
+
+
+def test_the_families_are_those_whose_fields_are_known() -> None:
+    assert tuple(FIELDS) == FAMILIES
 
 
 BAD = [
@@ -161,6 +192,23 @@ BAD = [
     ('kind = "bedrock"\noptions = { region = 7 }', "providers[...].options", "expected"),
     ('kind = "azure"\nbase_url = "https://r/openai"', "providers.x.options.api_version", "end in /v1"),
     ('kind = "azure"\nbase_url = "https://r"\noptions = { auth = "basic" }', "providers.x.options.auth", "bearer"),
+    ('kind = "anthropic"\noptions = { auth = "x-api-key" }', "providers.x.options.auth", '"api-key" or "bearer"'),
+    ('kind = "anthropic"\noptions = { thinking = "on" }', "providers.x.options.thinking", '"adaptive" or "budget"'),
+    ('kind = "anthropic"\noptions = { version = "latest" }', "providers.x.options.version", "write a date"),
+    ('kind = "anthropic"\noptions = { beta = "a, b" }', "providers.x.options.beta", "without blanks"),
+    (
+        'kind = "azure"\nbase_url = "https://r"\noptions = { api_version = "2024.10.21" }',
+        "providers.x.options.api_version",
+        "write a date",
+    ),
+    (
+        'kind = "bedrock"\noptions = { region = "eu-west-1", family = "claude" }',
+        "providers.x.options.family",
+        "use one of anthropic, openai",
+    ),
+    ('kind = "bedrock"\noptions = { region = "" }', "providers.x.options.region", "empty"),
+    ('kind = "openai"\nrefuse = ["messages"]', "providers.x.refuse", "in every request"),
+    ('kind = "openai"\nrefuse = "n"', "providers[...].refuse", "expected"),
     ('kind = "openai"\ndrop_unsupported = ["model"]', "providers.x.drop_unsupported", "'model' is needed"),
     ('kind = "ollama"\ndrop_unsupported = ["max_tokens"]', "providers.x.drop_unsupported", "'max_tokens' is needed"),
     ('kind = "groq"\ndrop_unsupported = ["max_completion_tokens"]', "providers.x.drop_unsupported", "is needed"),

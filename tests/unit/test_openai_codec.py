@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from providers.codec import ChatCall, Upstream
-from providers.events import Channel, Chunk, Completed, Event, Failed, ProviderFailure, UsageSeen
+from providers.events import Channel, Completed, Event, Failed, ProviderFailure, UsageSeen
 from providers.openai import OpenAIAnswer, OpenAICodec
+from tests.support.codecs import bytewise, chunks, cut, ends_once, fed, only, payloads, texts, transcripts
 
-TRANSCRIPTS = Path(__file__).parent.parent / "transcripts" / "openai"
-NAMES = sorted(path.stem for path in TRANSCRIPTS.glob("*.sse"))
+WIRES = transcripts("openai")
+NAMES = list(WIRES)
 UPSTREAM = Upstream("p", "openai", b"/v1", key="sk-upstream")
 
 
@@ -25,55 +24,32 @@ def codec(**call: Any) -> OpenAICodec:
 
 
 def replay(pieces: list[bytes], **call: Any) -> list[Event]:
-    one = codec(**call)
-    events = [event for piece in pieces for event in one.feed(piece)]
-    return events + one.end_of_stream()
+    return fed(codec(**call), pieces)
 
 
 def read(name: str, **call: Any) -> list[Event]:
-    return replay([(TRANSCRIPTS / f"{name}.sse").read_bytes()], **call)
-
-
-def payloads(events: list[Event]) -> list[dict[str, Any]]:
-    return [json.loads(event.payload) for event in events if isinstance(event, Chunk)]
-
-
-def texts(events: list[Event], channel: Channel) -> str:
-    return "".join(
-        delta.text for event in events if isinstance(event, Chunk) for delta in event.deltas if delta.channel is channel
-    )
-
-
-def only(events: list[Event], kind: type[Any]) -> Any:
-    found = [event for event in events if isinstance(event, kind)]
-    assert len(found) == 1, events
-    return found[0]
+    return replay([WIRES[name]], **call)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_byte_at_a_time_gives_the_same_events(name: str) -> None:
-    wire = (TRANSCRIPTS / f"{name}.sse").read_bytes()
-    assert replay([wire[i : i + 1] for i in range(len(wire))]) == replay([wire])
+    assert replay(bytewise(WIRES[name])) == read(name)
 
 
 @given(st.sampled_from(NAMES), st.lists(st.integers(0, 3000), max_size=6))
 def test_any_cut_gives_the_same_events(name: str, cuts: list[int]) -> None:
-    wire = (TRANSCRIPTS / f"{name}.sse").read_bytes()
-    places = sorted({min(cut, len(wire)) for cut in cuts} | {0, len(wire)})
-    assert replay([wire[a:b] for a, b in itertools.pairwise(places)]) == replay([wire])
+    assert replay(cut(WIRES[name], cuts)) == read(name)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_stream_ends_exactly_once(name: str) -> None:
-    events = read(name)
-    assert len([event for event in events if isinstance(event, Completed | Failed)]) == 1
-    assert isinstance(events[-1], Completed | Failed)
+    assert ends_once(read(name))
 
 
 def test_a_plain_stream_passes_byte_for_byte_without_its_usage_chunk() -> None:
     events = read("plain")
-    wire = [line[6:] for line in (TRANSCRIPTS / "plain.sse").read_bytes().split(b"\n") if line.startswith(b"data: {")]
-    assert [event.payload for event in events if isinstance(event, Chunk)] == wire[:-1]
+    wire = [line[6:] for line in WIRES["plain"].split(b"\n") if line.startswith(b"data: {")]
+    assert [event.payload for event in chunks(events)] == wire[:-1]
     assert texts(events, Channel.CONTENT) == "Hello \u2028é"
     usage = only(events, UsageSeen).usage
     assert (usage.prompt, usage.output, usage.cached, usage.reasoning) == (9, 2, 3, 1)
@@ -81,7 +57,7 @@ def test_a_plain_stream_passes_byte_for_byte_without_its_usage_chunk() -> None:
 
 
 def test_a_role_only_chunk_is_no_content() -> None:
-    assert [event.content for event in read("plain") if isinstance(event, Chunk)] == [False, True, True, True]
+    assert [event.content for event in chunks(read("plain"))] == [False, True, True, True]
 
 
 def test_tool_calls_are_counted_by_name_and_arguments() -> None:
@@ -134,7 +110,7 @@ def test_a_stream_without_finish_or_done_is_truncated() -> None:
 def test_a_profile_may_end_its_streams_without_either() -> None:
     upstream = Upstream("p", "openai", b"/v1", clean_eof=True)
     one = OpenAICodec(upstream, ChatCall(b"", "m", True))
-    one.feed((TRANSCRIPTS / "truncated.sse").read_bytes())
+    one.feed(WIRES["truncated"])
     assert only(one.end_of_stream(), Completed).missing_finish == (0,)
 
 
@@ -170,7 +146,7 @@ def test_counts_that_are_no_counts_come_back_negative() -> None:
 
 def test_a_renamed_model_shows_in_every_payload() -> None:
     one = codec(rename_to="public")
-    events = one.feed((TRANSCRIPTS / "plain.sse").read_bytes())
+    events = one.feed(WIRES["plain"])
     assert {each["model"] for each in payloads(events)} == {"public"}
     own = [one.finish_chunk(0, "length"), one.usage_chunk(b'{"a":1}', b',"x":2')]
     assert {json.loads(each)["model"] for each in own} == {"public"}
@@ -178,7 +154,7 @@ def test_a_renamed_model_shows_in_every_payload() -> None:
 
 def test_our_own_chunks_look_like_the_streams() -> None:
     one = codec()
-    one.feed((TRANSCRIPTS / "plain.sse").read_bytes())
+    one.feed(WIRES["plain"])
     usage = json.loads(one.usage_chunk(b'{"total_tokens":1}', b',"x_tollgate":{}'))
     assert usage["choices"] == []
     assert usage["usage"] == {"total_tokens": 1}
@@ -317,7 +293,7 @@ def test_an_audio_transcript_is_output_and_content() -> None:
     wire = chunk_of('{"role":"assistant","audio":{"id":"a1","data":"AAAA","transcript":"hello"}}')
     events = replay([wire, b"data: [DONE]\n\n"])
     assert texts(events, Channel.CONTENT) == "hello"
-    assert [event.content for event in events if isinstance(event, Chunk)] == [True]
+    assert [event.content for event in chunks(events)] == [True]
 
 
 def test_a_provider_cannot_speak_for_our_bill() -> None:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from providers.codec import ChatCall, Upstream
-from providers.events import Channel, Chunk, Completed, UsageSeen
+from providers.events import Channel, Completed, UsageSeen
 from providers.openai import OpenAICodec
 from providers.openai_request import without
 from providers.openai_wire import usage_of
+from tests.support.codecs import fed, payloads, texts, transcripts
 
-TRANSCRIPTS = Path(__file__).parent.parent / "transcripts" / "openai"
+WIRES = transcripts("openai")
 STREAMS = {
     # kind -> (text, reasoning, prompt, output, cached, reasoning tokens)
     "azure_filters": ("ab", "", 9, 2, 0, 0),
@@ -29,21 +29,16 @@ STREAMS = {
 
 def read(name: str, **call: Any) -> list[Any]:
     codec = OpenAICodec(Upstream("p", name, b"/v1"), ChatCall(body=b"", model="m", stream=True, **call))
-    return codec.feed((TRANSCRIPTS / f"{name}.sse").read_bytes()) + codec.end_of_stream()
-
-
-def said(events: list[Any], channel: Channel) -> str:
-    chunks = [event for event in events if isinstance(event, Chunk)]
-    return "".join(delta.text for chunk in chunks for delta in chunk.deltas if delta.channel is channel)
+    return fed(codec, [WIRES[name]])
 
 
 @pytest.mark.parametrize("name", STREAMS)
 def test_a_providers_stream_is_read_with_its_usage(name: str) -> None:
     text, reasoning, *counts = STREAMS[name]
     events = read(name)
-    content = said(events, Channel.CONTENT)
+    content = texts(events, Channel.CONTENT)
     assert content.removeprefix("Hm") == text  # Mistral's thinking is part of its content
-    assert said(events, Channel.REASONING) == reasoning
+    assert texts(events, Channel.REASONING) == reasoning
     usage = [event.usage for event in events if isinstance(event, UsageSeen)][-1]
     assert [usage.prompt, usage.output, usage.cached, usage.reasoning] == counts
     assert isinstance(events[-1], Completed)
@@ -51,9 +46,6 @@ def test_a_providers_stream_is_read_with_its_usage(name: str) -> None:
 
 
 def test_azures_filter_results_pass_but_its_first_chunk_only_to_who_asked_for_usage() -> None:
-    def payloads(events: list[Any]) -> list[dict[str, Any]]:
-        return [json.loads(event.payload) for event in events if isinstance(event, Chunk)]
-
     assert all(payload["choices"] for payload in payloads(read("azure_filters")))
     wanted = payloads(read("azure_filters", usage_wanted=True))
     assert "prompt_filter_results" in wanted[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,11 +12,13 @@ from hypothesis import strategies as st
 
 from providers.codec import ChatCall, Upstream
 from providers.events import Chunk, Event
-from providers.openai import UNREADABLE, OpenAICodec
+from providers.failures import UNREADABLE
+from providers.openai import OpenAICodec
 from providers.openai_wire import lenient_usage, usage_of
+from tests.support.codecs import fed, transcripts
 
-TRANSCRIPTS = Path(__file__).parent.parent / "transcripts" / "openai"
-NAMES = sorted(path.stem for path in TRANSCRIPTS.glob("*.sse"))
+WIRES = transcripts("openai")
+NAMES = list(WIRES)
 
 
 class LongWay(OpenAICodec):
@@ -29,8 +30,7 @@ class LongWay(OpenAICodec):
 
 def replay(pieces: list[bytes], kind: type[OpenAICodec] = OpenAICodec, **call: Any) -> list[Event]:
     one = kind(Upstream("p", "openai", b"/v1"), ChatCall(**{"body": b"", "model": "m", "stream": True, **call}))
-    events = [event for piece in pieces for event in one.feed(piece)]
-    return events + one.end_of_stream()
+    return fed(one, pieces)
 
 
 CALLS: list[dict[str, Any]] = [{}, {"usage_wanted": True}, {"rename_to": "mine"}]
@@ -39,7 +39,7 @@ CALLS: list[dict[str, Any]] = [{}, {"usage_wanted": True}, {"rename_to": "mine"}
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("call", CALLS)
 def test_the_short_way_gives_the_events_of_the_long_one(name: str, call: dict[str, Any]) -> None:
-    wire = (TRANSCRIPTS / f"{name}.sse").read_bytes()
+    wire = WIRES[name]
     alone = re.split(rb"(?<=\n\n)", wire)
     assert replay(alone, **call) == replay(alone, LongWay, **call) == replay([wire], LongWay, **call)
 
@@ -115,7 +115,7 @@ def test_the_short_way_is_taken_by_an_ordinary_stream() -> None:
             went.append(payload)
             super()._any_frame(name, payload, chunk, events)
 
-    events = replay([(TRANSCRIPTS / "plain.sse").read_bytes()], Watched)
+    events = replay([WIRES["plain"]], Watched)
     ordinary = [one for one in events if isinstance(one, Chunk) and one.deltas]
     assert ordinary
     assert not {one.payload for one in ordinary[1:]} & set(went)
@@ -125,6 +125,8 @@ COUNTS = [
     *("1", "0", "-1", "1.0", "-0.0", "1.5", "1e3", "1e30", "1e999", "9007199254740992", "9007199254740993.0", "true"),
     *("18446744073709551616", "9" * 5000, "null", '"5"', '"\\ud800"', "[]", "{}", '{"cached_tokens":4}'),
     *('{"cached_tokens":3,"cache_write_tokens":2,"audio_tokens":1}', '{"reasoning_tokens":1.0,"audio_tokens":2}'),
+    *('{"image_tokens":2}', '{"reasoning_tokens":1,"audio_tokens":1,"image_tokens":9}', '{"image_tokens":-2}'),
+    *('{"cache_write_tokens":2,"cache_write_tokens_details":{"ttl_1h_tokens":1}}', '{"cache_write_tokens_details":[]}'),
     *('{"accepted_prediction_tokens":1,"rejected_prediction_tokens":0,"audio_tokens":null}', '{"text_tokens":1}'),
 ]  # fmt: skip
 USAGE_MEMBERS = [
@@ -148,6 +150,24 @@ def test_usage_in_the_ordinary_form_is_read_as_any_usage_is(name: str, start: st
     for count in COUNTS:
         raw = f'{start},"{name}":{count}}}'.encode("latin-1")
         assert read_by(usage_of, raw) == read_by(lenient_usage, raw), raw
+
+
+@pytest.mark.parametrize(("told", "drawn"), [("4", 4), ("9", 5), ("-1", 0), ("null", 0), ('"x"', 0)])
+def test_images_are_a_class_of_the_output_as_far_as_it_goes(told: str, drawn: int) -> None:
+    made = f'{{"reasoning_tokens":1,"audio_tokens":2,"image_tokens":{told}}}'
+    usage = usage_of(
+        f'{{"prompt_tokens":9,"completion_tokens":8,"total_tokens":17,"completion_tokens_details":{made}}}'.encode()
+    )
+    assert usage is not None
+    assert (usage.output, usage.reasoning, usage.audio_output, usage.image_output) == (8, 1, 2, drawn)
+
+
+@pytest.mark.parametrize(("kept", "hour"), [("2", 2), ("5", 3), ("-1", 0), ("null", 0)])
+def test_what_is_written_to_the_cache_for_an_hour_is_read_as_we_write_it(kept: str, hour: int) -> None:
+    given = f'{{"cache_write_tokens":3,"cache_write_tokens_details":{{"ttl_5m_tokens":1,"ttl_1h_tokens":{kept}}}}}'
+    usage = usage_of(f'{{"prompt_tokens":9,"completion_tokens":8,"prompt_tokens_details":{given}}}'.encode())
+    assert usage is not None
+    assert (usage.cache_write, usage.cache_write_1h) == (3, hour)
 
 
 @pytest.mark.parametrize("raw", [b"[]", b"5", b"null", b"{}", b"{", b""])

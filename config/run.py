@@ -17,8 +17,10 @@ import msgspec
 from config.settings import ConfigError
 
 RUN_ENV = "TOLLGATE_RUN"
+WORKER_ENV = "TOLLGATE_WORKER"
 SECRET_ENV = "TOLLGATE_SECRET"  # noqa: S105 - a name, not a secret
 _SECRET_BYTES = 32
+_WORKER_DIGITS_MAX = 6
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -63,6 +65,15 @@ def read_run(path: Path | None = None, environ: Mapping[str, str] | None = None)
         raise ConfigError(f"{path}: the run file cannot be read: {error.strerror}.") from None
     except msgspec.DecodeError as error:
         raise ConfigError(f"{path}: not a run file of this version: {error}.") from None
+
+
+def worker_number(environ: Mapping[str, str]) -> int:
+    """Which of the instance's data workers this process is, from 0; a restarted one keeps its number. 0 where nothing
+    is said. Raises ConfigError."""
+    text = environ.get(WORKER_ENV, "0")
+    if not (text.isascii() and text.isdigit() and len(text) <= _WORKER_DIGITS_MAX):
+        raise ConfigError(f"{WORKER_ENV}: '{text[:64]}' is not the number of a worker.")
+    return int(text)
 
 
 def load_or_create_secret(data_dir: Path, environ: Mapping[str, str]) -> bytes:

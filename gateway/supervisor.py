@@ -234,7 +234,7 @@ class Supervisor:
             spec = ChildSpec(
                 name=f"worker-{number}",
                 command=self._options.commands.worker,
-                environ={**environ, LISTEN_FD_ENV: str(listening)},
+                environ={**environ, LISTEN_FD_ENV: str(listening), run_file.WORKER_ENV: str(number)},
                 pass_fds=(listening,),
                 drain_s=self._options.settings.bounds.drain_s + DRAIN_GRACE_S,
             )

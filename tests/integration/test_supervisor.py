@@ -151,6 +151,7 @@ def test_a_crashed_worker_is_replaced_and_no_connection_is_refused_meanwhile(run
     second = running.ask()  # made while no worker listens: it waits in the backlog of the supervisor's socket
     assert second != first
     assert second in running.descendants()
+    assert psutil.Process(second).environ()["TOLLGATE_WORKER"] == "0", "it keeps its number"
 
 
 def test_a_crashed_ledger_process_and_a_crashed_store_come_back(running: Running) -> None:
@@ -169,6 +170,8 @@ def test_a_crashed_ledger_process_and_a_crashed_store_come_back(running: Running
 def test_an_asked_supervisor_ends_everything_in_order(serve: Serve) -> None:
     running = serve(workers=2)
     pids = running.descendants()
+    workers = [psutil.Process(pid) for pid in pids if words(pid)[-1:] == ["worker"]]
+    assert sorted(worker.environ()["TOLLGATE_WORKER"] for worker in workers) == ["0", "1"]
     assert running.end() == 0
     assert running.events() == [
         "worker ends: asked, stores up",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from config.run import RUN_ENV, Run, load_or_create_secret, load_secret, read_run, write_run
+from config.run import RUN_ENV, Run, load_or_create_secret, load_secret, read_run, worker_number, write_run
 from config.settings import ConfigError
 
 
@@ -93,3 +93,14 @@ def test_a_missing_secret_is_never_made_anew_for_a_child(tmp_path: Path) -> None
         load_secret(a_run(secret_path=str(tmp_path / "secret")), {})
     with pytest.raises(ConfigError, match="TOLLGATE_SECRET"):
         load_secret(a_run(), {})
+
+
+def test_a_worker_knows_its_number_and_is_the_first_where_nothing_is_said() -> None:
+    assert [worker_number({"TOLLGATE_WORKER": text}) for text in ("0", "7", "12")] == [0, 7, 12]
+    assert worker_number({}) == 0
+
+
+@pytest.mark.parametrize("text", ["", "one", "-1", "1.0", " 1", "\u0663", "9" * 5_000])
+def test_what_is_no_worker_s_number_is_named(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"TOLLGATE_WORKER: .*not the number of a worker"):
+        worker_number({"TOLLGATE_WORKER": text})

@@ -77,6 +77,7 @@ class Bounds(Table, frozen=True):
     cache_total_bytes_max: int = 64 * 1024 * 1024
     cache_held_bytes_max: int = 64 * 1024 * 1024
     cache_waiting_max: int = 1_000
+    cache_waiting_per_answer_max: int = 250
     cache_claim_ms: int = 5_000
 
 

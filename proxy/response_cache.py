@@ -7,10 +7,11 @@ Must not: speak to a provider or to Redis itself, or keep anything of a call tha
 
 from __future__ import annotations
 
-import asyncio
+import dataclasses
 import time
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
+from importlib import metadata
 
 import msgspec
 from prometheus_client import Counter
@@ -18,30 +19,30 @@ from prometheus_client import Counter
 from config import response_cache as config
 from config.settings import Bounds, Settings
 from metering.ledger import Settled
+from providers.routing import Preferences
 from proxy import telemetry
 from proxy.answer import Headers, stream_headers
-from proxy.candidates import Route
+from proxy.candidates import Candidate, Route
 from proxy.client_stream import ClientConnection, ClientStream, Send
-from proxy.errors import InvalidValue
+from proxy.errors import CallError, InvalidValue
 from proxy.live_session import Cached, LiveSession
 from proxy.live_sessions import LiveSessions
+from proxy.prepared import PreparedCall
 from proxy.relay import StreamRelay
 from proxy.request import ChatRequest
 from proxy.response_cache_entry import Kept, Recording, Room, marked, pack, stripped
 from proxy.response_cache_flights import Flight, Flights, Told
-from proxy.response_cache_key import answer_name
+from proxy.response_cache_key import answer_name, named_providers
 from proxy.response_cache_relay import CachedRelay
+from proxy.response_cache_waiting import Unwatched, Wait
 from proxy.session import Ending
 from proxy.settlement import Bill
 from proxy.threads import Threads
-from proxy.upstream import PreparedCall
 from proxy.whole_relay import WholeAnswer, WholeRelay
 from storage.redis_connection import RedisError
 from storage.response_store import ResponseStore
 
 HEADER = b"x-tollgate-cache"
-HINTS = frozenset((b"x-tollgate-route",))
-"""Headers that choose among a route's candidates."""
 PACK_INLINE_BYTES = 64 * 1024
 """A larger answer is packed beside the event loop."""
 
@@ -52,9 +53,13 @@ STORED = Counter("tollgate_cache_stored_bytes_total", "Bytes put into the respon
 EVICTED = Counter("tollgate_cache_evicted_total", "Answers dropped before their time, for others.")
 
 
+Teller = tuple[Send, str]
+"""How a client is spoken to before its call is a session: ASGI's send, and the request's id."""
+
+
 class CachedRoute(msgspec.Struct, frozen=True):
     """A route whose answers may be kept. `share` of the first charge is what a kept answer costs; `salt` names what
-    answers depend on beside the request: route, candidates and prices."""
+    answers depend on beside the request: the gateway's version, the route, its providers and the prices."""
 
     name: str
     policy: config.ResponseCache
@@ -68,10 +73,30 @@ def cached_routes(settings: Settings, routes: Mapping[str, Route], price_version
     for name, route in routes.items():
         policy = settings.routes[name].cache if name in settings.routes else None
         if policy is not None:
-            candidates = [(each.upstream.name, each.origin.authority.decode(), each.model) for each in route.candidates]
-            salt = msgspec.json.encode((name, price_version, route.rename_model, candidates))
+            salt = _salt(settings, route, price_version)
             found[name] = CachedRoute(name, policy, config.share(policy.price), salt)
     return found
+
+
+def _salt(settings: Settings, route: Route, price_version: str) -> bytes:
+    """Whole tables, so that no key that decides what is sent can be forgotten here, whoever adds it: one too many only
+    costs an answer. Left out is what says how answers are kept."""
+    table = msgspec.structs.asdict(settings.routes[route.name])
+    del table["cache"]
+    said = [_said(settings, each) for each in route.candidates]
+    version = metadata.version("tollgate"), price_version
+    resolved = route.name, route.max_output_tokens, route.rename_model, route.hidden_reasoning
+    return msgspec.json.encode((version, resolved, table, said), order="deterministic")
+
+
+def _said(settings: Settings, candidate: Candidate) -> tuple[object, ...]:
+    """Everything about a candidate but its provider's key and what may hold a password."""
+    upstream, origin = candidate.upstream, candidate.origin
+    table = msgspec.structs.asdict(settings.providers[upstream.name])
+    del table["proxy"]
+    wire = {each.name: getattr(upstream, each.name) for each in dataclasses.fields(upstream) if each.name != "key"}
+    wire["target"] = upstream.target.decode()
+    return candidate.model, candidate.continuation, origin.scheme, origin.authority.decode(), wire, table
 
 
 class _Wishes(msgspec.Struct):
@@ -79,12 +104,11 @@ class _Wishes(msgspec.Struct):
 
     asked: bytes
     control: set[bytes]
-    hints: list[bytes]
 
 
 def _wishes(headers: Iterable[tuple[bytes, bytes]]) -> _Wishes:
     """Raises InvalidValue."""
-    asked, control, hints = b"", set[bytes](), list[bytes]()
+    asked, control = b"", set[bytes]()
     for name, value in headers:
         if name == HEADER:
             asked = value.strip().lower()
@@ -94,9 +118,7 @@ def _wishes(headers: Iterable[tuple[bytes, bytes]]) -> _Wishes:
                 )
         elif name == b"cache-control":
             control |= {part.strip().lower() for part in value.split(b",")}
-        elif name in HINTS:
-            hints.append(value)
-    return _Wishes(asked, control, hints)
+    return _Wishes(asked, control)
 
 
 class ResponseCache:
@@ -116,14 +138,20 @@ class ResponseCache:
         self.threads = threads
         self.relays = relays
         self._routes = routes
-        self._inline_bytes = bounds.body_inline_bytes
+        self.bounds = bounds
         self.room = Room(bounds.cache_held_bytes_max)
-        self.flights = Flights(
-            store, live.detach, threads, claim_ms=bounds.cache_claim_ms, waiting_max=bounds.cache_waiting_max
-        )
+        self.flights = Flights(store, live.detach, threads, bounds)
 
-    async def turn(self, headers: Iterable[tuple[bytes, bytes]], request: ChatRequest, account: str) -> Turn | None:
-        """This call's turn; None where its route keeps nothing, or nothing unasked. Raises InvalidValue."""
+    async def turn(
+        self,
+        headers: Iterable[tuple[bytes, bytes]],
+        request: ChatRequest,
+        account: str,
+        preferences: Preferences | None,
+        teller: Teller | None = None,
+    ) -> Turn | None:
+        """This call's turn; None where its route keeps nothing, or nothing unasked. Without a `teller` its client hears
+        nothing while it waits. Raises InvalidValue."""
         route = self._routes.get(request.model)
         if route is None:
             return None
@@ -135,16 +163,19 @@ class ResponseCache:
         name = None
         # An audio answer has an id that ends before its time here, and `store` asks the provider to keep something.
         if not out and not request.audio and request.root.raw("store") != b"true":
-            name = await self._name(route, wishes.hints, request, account)
-        return Turn(self, route, name, fresh=fresh)
+            name = await self._name(route, preferences, request, account)
+        return Turn(self, route, name, teller if request.stream else None, fresh=fresh)
 
-    async def _name(self, route: CachedRoute, hints: list[bytes], request: ChatRequest, account: str) -> str | None:
+    async def _name(
+        self, route: CachedRoute, preferences: Preferences | None, request: ChatRequest, account: str
+    ) -> str | None:
         scope = "" if route.policy.scope == "shared" else account
+        hints = named_providers(preferences)
 
         def name() -> str | None:
             return answer_name(scope, route.salt, hints, request.root.body, stream=request.stream)
 
-        return name() if len(request.root.body) <= self._inline_bytes else await self.threads.run(name)
+        return name() if len(request.root.body) <= self.bounds.body_inline_bytes else await self.threads.run(name)
 
     async def keep(self, route: CachedRoute, name: str, kept: Kept) -> None:
         """Put an answer into Redis; one that cannot be put there is told of, and costs nobody anything."""
@@ -166,9 +197,15 @@ class Turn:
 
     `charge` is what the call costs when its answer was found, None when a provider has to be asked."""
 
-    def __init__(self, cache: ResponseCache, route: CachedRoute, name: str | None, *, fresh: bool) -> None:
-        """`name` None: the call neither takes an answer nor leaves one. `fresh`: it only leaves one."""
+    def __init__(
+        self, cache: ResponseCache, route: CachedRoute, name: str | None, teller: Teller | None, *, fresh: bool
+    ) -> None:
+        """`name` None: the call neither takes an answer nor leaves one. `fresh`: it only leaves one. `teller`: of a
+        stream whose client may be sent comments."""
         self._cache = cache
+        self._teller = teller if cache.relays[2].tells_errors else None
+        self._waited: Unwatched | None = None
+        """The response, where it began with comments."""
         self._route = route
         self._name = name
         self._fresh = fresh
@@ -189,14 +226,43 @@ class Turn:
         telemetry.count(CACHE, 1, self._route.name, self.result)
 
     async def _find(self, name: str, connection: ClientConnection) -> None:
-        deadline = asyncio.get_running_loop().time() + self._route.policy.wait_ms / 1000
-        kept, self._flight = await self._cache.flights.find(name, deadline, connection)
+        wait = self._wait(connection)
+        try:
+            kept, self._flight = await self._cache.flights.find(name, wait)
+        finally:
+            wait.end()
+            if wait.client is not None and wait.client.started:
+                self._waited = wait.client
         if kept is None or not self._cache.room.take(kept):
             return
         share = self._route.share
         self.result = "coalesced" if kept.stored_ms >= self._began_ms else "hit"
         self._kept, self._age_s = kept, kept.age_s(_now_ms())
         self.charge = Cached(kept.tokens, -(-kept.micros * share.numerator // share.denominator))
+
+    def _wait(self, connection: ClientConnection) -> Wait:
+        seconds, teller, bounds = self._route.policy.wait_ms / 1000, self._teller, self._cache.bounds
+        if teller is None:
+            return Wait(connection, seconds)
+        send, request_id = teller
+        headers = [
+            (b"x-request-id", request_id.encode()),
+            (b"x-tollgate-route", self._route.name.encode()),
+            (HEADER, b"wait"),
+        ]
+        return Wait(connection, seconds, lambda: Unwatched(send, connection, lambda: headers, bounds), bounds)
+
+    async def told(self, error: CallError) -> bool:
+        """Tell a client whose response began while it waited why nothing comes of it; False where none has begun: then
+        the error is the response."""
+        if self._waited is None or self._teller is None:
+            return False
+        self.close()  # nobody shall wait for a client that takes nothing
+        name, request_id = type(error).__name__, self._teller[1]
+        telemetry.log.info("refused after a wait", request_id=request_id, route=self._route.name, error=name)
+        telemetry.count(telemetry.REQUESTS, 1, "200", "")
+        await self._cache.relays[2].refuse(self._waited, error)
+        return True
 
     def _headers(self) -> Headers:
         if self._kept is not None:
@@ -210,16 +276,17 @@ class Turn:
         headers = self._headers()
         if self._kept is not None:
             headers.append((b"x-request-id", session.request_id.encode()))
-            client = ClientStream(send, connection, lambda: headers)
+            client = self._waited or Unwatched(send, connection, lambda: headers, self._cache.bounds)
             self._cache.live.admission_begins()  # its session ends before it does, and a drain waits for both
             try:
                 return await cached.stream(session, call, self._kept, self._age_s, (client, headers))
             finally:
                 self._cache.live.admission_ended()
         if self._name is None:
-            client = ClientStream(send, connection, lambda: stream_headers(session) + headers)
-            return await relay.run(session, call, client)
+            unkept = ClientStream(send, connection, lambda: stream_headers(session) + headers)
+            return await relay.run(session, call, unkept)
         recording = Recording(send, connection, lambda: stream_headers(session) + headers)
+        recording.started = self._waited is not None
         recording.record(self._route.policy.bytes_max, self._cache.room)
         try:
             bill = await relay.run(session, call, recording)
@@ -245,11 +312,11 @@ class Turn:
     def _leave(self, session: LiveSession, bill: Bill, payloads: list[bytes], last: bytes) -> None:
         """Keep the answer, if it is one to keep."""
         usage = marked(last) if last else b""
-        if bill.ending is not Ending.COMPLETED or session.limited or usage is None or self._name is None:
+        if not keepable(session, bill) or usage is None or self._name is None:
             return
-        if not (bill.micros <= session.held if session.settled is None else _paid(session)):
-            return
-        tokens = msgspec.structs.replace(bill.usage, cached=bill.usage.prompt, cache_write=0, audio_input=0)
+        tokens = msgspec.structs.replace(
+            bill.usage, cached=bill.usage.prompt, cache_write=0, cache_write_1h=0, audio_input=0
+        )
         kept = Kept(payloads, stripped(last), usage, tokens, bill.micros, _now_ms())
         storing = self._cache.keep(self._route, self._name, kept)
         flight, self._flight = self._flight, None
@@ -267,6 +334,14 @@ class Turn:
         if flight is not None:
             failed = self._session is not None and self._session.ending is None
             self._cache.flights.over(flight, Told.ALONE if failed else Told.AGAIN)
+
+
+def keepable(session: LiveSession, due: Bill) -> bool:
+    """Whether an answer is whole, of one provider, and paid for in full. One that a second provider continued is better
+    than a broken one for who waited for it; the next one shall have a whole one."""
+    if due.ending is not Ending.COMPLETED or session.limited or session.carried is not None:
+        return False
+    return due.micros <= session.held if session.settled is None else _paid(session)
 
 
 def _paid(session: LiveSession) -> bool:

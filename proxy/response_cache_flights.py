@@ -14,9 +14,10 @@ from collections.abc import Callable, Coroutine
 from enum import Enum
 from typing import Any
 
+from config.settings import Bounds
 from proxy import telemetry
-from proxy.client_stream import ClientConnection
 from proxy.response_cache_entry import Kept, unpack
+from proxy.response_cache_waiting import Wait
 from proxy.threads import Threads
 from storage.redis_connection import RedisError
 from storage.response_store import ResponseStore
@@ -46,7 +47,8 @@ class Flight:
         self.name = name
         self.token = os.urandom(12).hex()
         self.claimed = False
-        self.waiters: list[asyncio.Future[Kept | Told]] = []
+        self.waiters: dict[asyncio.Future[Kept | Told], None] = {}
+        """Who waits now, the longest first."""
 
 
 class Flights:
@@ -57,34 +59,33 @@ class Flights:
         store: ResponseStore,
         detach: Callable[[Coroutine[Any, Any, Any]], object],
         threads: Threads,
-        *,
-        claim_ms: int,
-        waiting_max: int,
+        bounds: Bounds,
     ) -> None:
-        """`detach` runs work that outlives its request; at most `waiting_max` calls wait at a time."""
+        """`detach` runs work that outlives its request."""
         self._store = store
         self._detach = detach
-        self._claim_ms = claim_ms
-        self._waiting_max = waiting_max
+        self._claim_ms = bounds.cache_claim_ms
+        self._waiting_max = bounds.cache_waiting_max
+        self._per_answer_max = bounds.cache_waiting_per_answer_max
         self._threads = threads
-        self._waiting = 0
+        self.waiting = 0
+        """Calls that wait now, for this worker's or for another one's."""
         self._flights: dict[str, Flight] = {}
         self._renewing = False
 
-    async def find(self, name: str, deadline: float, connection: ClientConnection) -> tuple[Kept | None, Flight | None]:
+    async def find(self, name: str, wait: Wait) -> tuple[Kept | None, Flight | None]:
         """The answer, or the flight that the caller now has to bring to its end (`over`), or neither: then the caller
-        asks for himself. `deadline` on the loop's clock bounds the waiting; it ends too when the client leaves."""
-        loop = asyncio.get_running_loop()
+        asks for himself. `wait` bounds the waiting; it ends too when the client leaves."""
         while True:
             flight = self._flights.get(name)
             if flight is None:
-                return await self._lead(Flight(name), deadline, connection)
-            if self._waiting >= self._waiting_max:
+                return await self._lead(Flight(name), wait)
+            if self.waiting >= self._waiting_max or len(flight.waiters) >= self._per_answer_max:
                 return None, None
-            told = await self._wait(flight, deadline - loop.time(), connection)
+            told = await self._wait(flight, wait)
             if isinstance(told, Kept):
                 return told, None
-            if told is Told.ALONE or connection.disconnected or loop.time() >= deadline:
+            if told is Told.ALONE or wait.connection.disconnected or not wait.left_s():
                 return None, None
 
     def over(self, flight: Flight, told: Kept | Told, stored: Coroutine[Any, Any, Any] | None = None) -> None:
@@ -109,10 +110,12 @@ class Flights:
                 except RedisError as error:  # it expires
                     telemetry.log.warning("a claim of the response cache could not be given up", reason=str(error))
 
-    async def _wait(self, flight: Flight, seconds: float, connection: ClientConnection) -> Kept | Told:
+    async def _wait(self, flight: Flight, wait: Wait) -> Kept | Told:
         waiter: asyncio.Future[Kept | Told] = asyncio.get_running_loop().create_future()
-        flight.waiters.append(waiter)
-        self._waiting += 1
+        connection = wait.connection
+        flight.waiters[waiter] = None
+        self.waiting += 1
+        wait.begin()
 
         def gone() -> None:
             if not waiter.done():
@@ -122,24 +125,23 @@ class Flights:
         if connection.disconnected:
             gone()
         try:
-            async with asyncio.timeout(max(0.0, seconds)):
+            async with asyncio.timeout(wait.left_s()):
                 return await waiter
         except TimeoutError:
             return Told.ALONE
         finally:
             connection.on_gone = None
-            self._waiting -= 1
+            self.waiting -= 1
+            del flight.waiters[waiter]
             waiter.cancel()
 
-    async def _lead(
-        self, flight: Flight, deadline: float, connection: ClientConnection
-    ) -> tuple[Kept | None, Flight | None]:
+    async def _lead(self, flight: Flight, wait: Wait) -> tuple[Kept | None, Flight | None]:
         """The first of this worker looks into Redis for all of them, and waits there for other workers."""
         self._flights[flight.name] = flight
         told: Kept | Told = Told.AGAIN
         landed = True
         try:
-            found = await self._claimed(flight, deadline, connection)
+            found = await self._claimed(flight, wait)
             if found is None:
                 landed = False
                 return None, flight
@@ -153,26 +155,46 @@ class Flights:
             if landed:
                 self.over(flight, told)
 
-    async def _claimed(self, flight: Flight, deadline: float, connection: ClientConnection) -> Kept | Told | None:
+    async def _claimed(self, flight: Flight, wait: Wait) -> Kept | Told | None:
         """The answer in Redis; None when it is ours to fetch; else another worker is too slow with it."""
-        loop, pause_s = asyncio.get_running_loop(), POLL_FIRST_S
+        found = await self._asked(flight)
+        if found is not Told.AGAIN:
+            return found
+        if self.waiting >= self._waiting_max:
+            return Told.ALONE
+        self.waiting += 1
+        wait.begin()
+        try:
+            return await self._polled(flight, wait)
+        finally:
+            self.waiting -= 1
+
+    async def _polled(self, flight: Flight, wait: Wait) -> Kept | Told | None:
+        pause_s = POLL_FIRST_S
         while True:
-            value, taken = await self._store.find(flight.name)
-            kept = await self._unpacked(value)
-            if kept is None and not taken:
-                value, flight.claimed = await self._store.claim(flight.name, flight.token, self._claim_ms)
-                kept = await self._unpacked(value)
-            if kept is not None:
-                return kept
-            if flight.claimed:
-                self._keep_claims()
-                return None
-            if connection.disconnected:
+            if wait.connection.disconnected:
                 return Told.AGAIN
-            if loop.time() >= deadline:
+            if not wait.left_s():
                 return Told.ALONE
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 1.5, POLL_MAX_S)
+            found = await self._asked(flight)
+            if found is not Told.AGAIN:
+                return found
+
+    async def _asked(self, flight: Flight) -> Kept | Told | None:
+        """As `_claimed`, at this moment: AGAIN while another worker fetches it."""
+        value, taken = await self._store.find(flight.name)
+        kept = await self._unpacked(value)
+        if kept is None and not taken:
+            value, flight.claimed = await self._store.claim(flight.name, flight.token, self._claim_ms)
+            kept = await self._unpacked(value)
+        if kept is not None:
+            return kept
+        if flight.claimed:
+            self._keep_claims()
+            return None
+        return Told.AGAIN
 
     async def _unpacked(self, value: bytes | None) -> Kept | None:
         """A large answer is unpacked beside the event loop; a damaged one is none."""

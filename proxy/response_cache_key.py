@@ -14,6 +14,10 @@ from collections.abc import Iterable
 from hashlib import blake2b
 from typing import Any
 
+import msgspec
+
+from providers.routing import Preferences
+
 FORMAT = b"tollgate answer 1"
 """Changes whenever the canonical form or the stored form does."""
 
@@ -53,9 +57,15 @@ def canonical(body: bytes) -> bytes | None:
         return None
 
 
+def named_providers(preferences: Preferences | None) -> list[bytes]:
+    """The hint that says which providers may answer, and which first: equal for equal preferences, however they came
+    about."""
+    return [] if preferences is None else [msgspec.json.encode(preferences, order="deterministic")]
+
+
 def answer_name(scope: str, salt: bytes, hints: Iterable[bytes], body: bytes, *, stream: bool) -> str | None:
     """64 hex digits. `scope` is the account's id, or "" for answers shared by all accounts; `salt` names route,
-    candidates and prices; `hints` are headers that choose among candidates. None as `canonical`."""
+    candidates and prices; `hints` say which candidates may answer. None as `canonical`."""
     form = canonical(body)
     if form is None:
         return None

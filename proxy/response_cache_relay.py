@@ -7,23 +7,42 @@ Must not: speak to a provider or to Redis, or decide what may be given.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from metering.ledger import Gone, Settled
 from proxy.answer import bill_headers, credits_text, session_members
-from proxy.client_stream import ClientStream, Headers
+from proxy.client_stream import Headers
 from proxy.errors import CallError, InternalError, LeaseLost
 from proxy.live_session import LiveSession
+from proxy.prepared import PreparedCall, SessionEnded
 from proxy.response_cache_entry import Kept
+from proxy.response_cache_waiting import Unwatched
 from proxy.session import Ending
 from proxy.settlement import Bill, Reply, Settler, charge_told
-from proxy.upstream import PreparedCall, SessionEnded
 from proxy.whole_relay import WholeAnswer
 
 
 class CachedRelay:
     """Gives kept answers."""
 
-    def __init__(self, settler: Settler) -> None:
+    def __init__(self, settler: Settler, render: Callable[[CallError], bytes] | None = None) -> None:
+        """`render` makes an error's frame. None: then no response may begin before it is known what it is."""
         self._settler = settler
+        self._render = render
+
+    @property
+    def tells_errors(self) -> bool:
+        """Whether `refuse` may be called."""
+        return self._render is not None
+
+    async def refuse(self, client: Unwatched, error: CallError) -> None:
+        """Tell a client whose response has begun with comments that nothing more will come of it."""
+        if self._render is None:
+            raise InternalError
+        frame = self._render(error)
+        while not client.finished([frame]) and await client.ready():
+            pass
+        client.ended = True
 
     async def whole(self, session: LiveSession, call: PreparedCall, kept: Kept, age_s: int) -> WholeAnswer:
         """A whole answer. Raises CallError with the session settled, SessionEnded when there is nobody to answer."""
@@ -31,10 +50,10 @@ class CachedRelay:
         return WholeAnswer(_last(session, due, reply, kept, age_s), bill_headers(session, due, reply), due)
 
     async def stream(
-        self, session: LiveSession, call: PreparedCall, kept: Kept, age_s: int, client: tuple[ClientStream, Headers]
+        self, session: LiveSession, call: PreparedCall, kept: Kept, age_s: int, client: tuple[Unwatched, Headers]
     ) -> Bill:
-        """A stream, frame by frame as it was, as fast as the client reads. The bill's headers are put into the list
-        beside the client's stream, which asks for them when it starts. Raises as `whole` does."""
+        """A stream, frame by frame as it was, as fast as the client reads, within its bounds. The bill's headers are
+        put into the list beside the client's stream, which asks for them when it starts. Raises as `whole` does."""
         to, headers = client
         due, reply = await self._paid(session, call)
         headers += bill_headers(session, due, reply)

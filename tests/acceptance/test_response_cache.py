@@ -16,6 +16,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
+from accounts.preference_admin import prefer_key
 from tests.support import cached_calls
 from tests.support.cached_calls import HEADER, Call, ask, asked, fresh, stored
 from tests.support.gateway import LATE_S, Gateway, Key, until
@@ -131,6 +132,55 @@ async def test_answers_never_go_to_another_account(gateway: Gateway, client: Asy
     second = await ask(other, "kept", messages)
     assert (first.cache, second.cache) == ("miss", "miss")
     assert len(await asked(gateway, [first, second])) == 2
+
+
+@pytest.mark.parametrize(
+    ("hints", "shared"),
+    [
+        (("providers=sim", "providers=sim"), True),
+        (("providers=sim,gone", "providers = gone, sim"), True),
+        (("providers=sim", "prefer=sim"), False),
+        (("exclude=gone", ""), False),
+    ],
+)
+async def test_requests_that_name_other_providers_share_no_answer(
+    gateway: Gateway, client: AsyncOpenAI, hints: tuple[str, str], shared: bool
+) -> None:
+    messages, calls = fresh(), []
+    for hint in hints:
+        calls.append(await ask(client, "kept", messages, {"x-tollgate-route": hint}))
+        await stored(gateway)
+    assert [call.cache for call in calls] == ["miss", "hit" if shared else "miss"]
+
+
+async def test_keys_that_prefer_other_providers_share_no_answer_also_where_accounts_do(
+    gateway: Gateway, key: Key, client: AsyncOpenAI
+) -> None:
+    messages = fresh()
+    keys = [await gateway.key() for _ in range(3)]
+    async with gateway.stores() as stores:
+        for made, words in zip(
+            keys, ({"excluded": ["gone"]}, {"excluded": ["keyed"]}, {"excluded": ["gone"]}), strict=True
+        ):
+            await prefer_key(stores.pool, stores.redis, made.id, words)
+    calls = [await ask(client, "kept-shared", messages)]
+    for made in keys:
+        await stored(gateway)
+        async with AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key=made.text, max_retries=0) as another:
+            calls.append(await ask(another, "kept-shared", messages))
+    assert [call.cache for call in calls] == ["miss", "miss", "miss", "hit"]
+
+
+async def test_an_answer_that_another_provider_continued_is_given_but_not_kept(
+    gateway: Gateway, client: AsyncOpenAI
+) -> None:
+    messages, calls = fresh(), []
+    for _ in range(2):
+        calls.append(await ask(client, "kept-continued", messages, stream=True))
+        await stored(gateway)
+    assert [call.cache for call in calls] == ["miss", "miss"]
+    assert [call.bill["attempts"] for call in calls] == [2, 2]
+    assert len(await asked(gateway, calls)) == 2
 
 
 async def test_whoever_says_no_store_leaves_nothing_and_takes_nothing(gateway: Gateway, client: AsyncOpenAI) -> None:

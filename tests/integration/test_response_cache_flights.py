@@ -10,16 +10,18 @@ from typing import Any, cast
 
 import pytest
 
+from config.settings import Bounds
 from metering.pricing import TokenUsage
 from proxy.response_cache_entry import Kept, pack
 from proxy.response_cache_flights import Flight, Flights, Told
+from proxy.response_cache_waiting import Wait
 from proxy.threads import Threads
 from storage.redis_client import RedisClient
 from storage.response_store import ResponseStore
 from tests.support.redis_server import RedisServer
 from tests.support.replicas import connected
 
-NAME = "a" * 64
+NAME, OTHER = "a" * 64, "b" * 64
 ANSWER = Kept([b"{}"], b"", b"", TokenUsage(1, 1, 0, 1, 0), 1, 1)
 CLAIM_MS = 300
 TTL_MS = 60_000
@@ -45,11 +47,17 @@ class Worker:
 
     store: ResponseStore
     waiting_max: int = 100
+    per_answer_max: int = 100
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.threads = Threads()
-        self.flights = Flights(self.store, self.detach, self.threads, claim_ms=CLAIM_MS, waiting_max=self.waiting_max)
+        bounds = Bounds(
+            cache_claim_ms=CLAIM_MS,
+            cache_waiting_max=self.waiting_max,
+            cache_waiting_per_answer_max=self.per_answer_max,
+        )
+        self.flights = Flights(self.store, self.detach, self.threads, bounds)
 
     def detach(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(work)
@@ -57,13 +65,12 @@ class Worker:
         return task
 
     async def find(
-        self, connection: Connection | None = None, seconds: float = PATIENT_S
+        self, connection: Connection | None = None, seconds: float = PATIENT_S, name: str = NAME
     ) -> tuple[Kept | None, Flight | None]:
-        deadline = asyncio.get_running_loop().time() + seconds
-        return await self.flights.find(NAME, deadline, cast(Any, connection or Connection()))
+        return await self.flights.find(name, Wait(cast(Any, connection or Connection()), seconds))
 
-    async def lead(self) -> Flight:
-        found, flight = await self.find()
+    async def lead(self, name: str = NAME) -> Flight:
+        found, flight = await self.find(name=name)
         assert found is None
         assert flight is not None
         return flight
@@ -92,8 +99,8 @@ async def redis(server: RedisServer) -> AsyncIterator[RedisClient]:
 async def worker(redis: RedisClient) -> AsyncIterator[Callable[..., Worker]]:
     made: list[Worker] = []
 
-    def make(waiting_max: int = 100) -> Worker:
-        made.append(Worker(ResponseStore(redis, 64 * 1024 * 1024), waiting_max))
+    def make(waiting_max: int = 100, per_answer_max: int = 100) -> Worker:
+        made.append(Worker(ResponseStore(redis, 64 * 1024 * 1024), waiting_max, per_answer_max))
         return made[-1]
 
     yield make
@@ -192,15 +199,55 @@ async def test_nobody_waits_beyond_his_time_or_beyond_the_number_that_may_wait_o
         assert await two.find(seconds=0.05) == (None, None)
         left = Connection()
         leaving = one.detach(one.find(left))
-        await until_waiting(one, flight, 2)
+        await until_waiting(one, flight, 1)
         assert await one.find() == (None, None)  # one waits already
         left.leave()
         assert await leaving == (None, None)
         assert left.on_gone is None
         waiting = one.detach(one.find())
-        await until_waiting(one, flight, 3)  # its place is free again
+        await until_waiting(one, flight, 1)  # its place is free again
         one.flights.over(flight, ANSWER)
         assert await waiting == (ANSWER, None)
+
+
+async def test_one_hot_request_leaves_places_for_those_who_wait_for_others(worker: Callable[..., Worker]) -> None:
+    one = worker(waiting_max=4, per_answer_max=3)
+    hot, other = await one.lead(), await one.lead(OTHER)
+    leaving = Connection()
+    async with asyncio.timeout(PATIENT_S):
+        left = one.detach(one.find(leaving))
+        waiting = one.waiting(2)
+        await until_waiting(one, hot, 3)
+        assert await one.find() == (None, None)
+        patient = one.detach(one.find(name=OTHER))
+        await until_waiting(one, other, 1)
+        leaving.leave()
+        assert await left == (None, None)
+        waiting += one.waiting(1)  # the place of the one who left
+        await until_waiting(one, hot, 3)
+        one.flights.over(hot, ANSWER)
+        one.flights.over(other, ANSWER)
+        assert await results([*waiting, patient]) == [(ANSWER, None)] * 4
+
+
+async def test_those_who_wait_for_another_worker_count_among_those_who_may_wait(worker: Callable[..., Worker]) -> None:
+    one, two = worker(), worker(waiting_max=1)
+    flight = await one.lead()
+    await one.lead(OTHER)
+    async with asyncio.timeout(PATIENT_S):
+        polling = two.waiting(1)
+        while not two.flights.waiting:
+            await asyncio.sleep(0.005)
+        assert await two.find(name=OTHER) == (None, None)
+        one.flights.over(flight, ANSWER, one.keep())
+        assert await results(polling) == [(ANSWER, None)]
+        left = Connection()
+        again = two.detach(two.find(left, name=OTHER))
+        while not two.flights.waiting:  # its place is free again
+            assert not again.done()
+            await asyncio.sleep(0.005)
+        left.leave()
+        assert await again == (None, None)
 
 
 async def test_one_that_is_cancelled_while_it_looks_keeps_nobody_waiting(worker: Callable[..., Worker]) -> None:

@@ -22,6 +22,18 @@ input = "1"
 output = "1"
 """
 
+CONTINUED = """
+[routes.kept-continued]
+candidates = [{ provider = "sim", model = "sim-cut:after=3" }, { provider = "sim", model = "gpt-4o-mini" }]
+continuation = true
+retry = { retries = 0 }
+cache = {}
+
+[prices.kept-continued]
+input = "1"
+output = "1"
+"""
+
 
 def route(name: str, cache: str, model: str = "gpt-4o-mini", more: str = "") -> str:
     return ROUTE.format(name=name, cache=cache, model=model, more=more)
@@ -37,6 +49,7 @@ PROVIDERS = (
     + route("kept-shared", 'scope = "shared", price = "0.3"')
     + route("kept-large", "bytes_max = 16_777_216")
     + route("kept-impatient", "wait_ms = 200")
+    + CONTINUED
     + route("kept-worst", "ttl_s = 600", more="hidden_reasoning = true\nmax_output_tokens = 1000")
 )
 HEADER = "x-tollgate-cache"
@@ -58,7 +71,9 @@ class Call:
 
     @property
     def cache(self) -> str | None:
-        return self.headers.get(HEADER)
+        """What became of it; one that began while it waited says so with its bill."""
+        told = self.headers.get(HEADER)
+        return self.bill.get("cache", "miss") if told == "wait" else told
 
     @property
     def request_id(self) -> str:
@@ -66,7 +81,7 @@ class Call:
 
     @property
     def session(self) -> str:
-        return self.headers["x-tollgate-session"]
+        return self.headers.get("x-tollgate-session") or str(self.bill["session"])
 
     @property
     def bill(self) -> dict[str, Any]:

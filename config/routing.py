@@ -39,7 +39,7 @@ class Retry(Table, frozen=True):
     deadline_ms: int | None = None
     backoff_ms: int = 250
     backoff_ms_max: int = 4_000
-    retry_after_ms_max: int = 10_000
+    retry_after_ms_max: int = 2_000
 
 
 class Hedge(Table, frozen=True):
@@ -78,6 +78,7 @@ class Breaker(Table, frozen=True):
     forget_ms: int = 600_000
     key_refused_ms: int = 60_000
     retry_after_ms_max: int = 300_000
+    model_missing_ms: int = 60_000
     share_every_ms: int = 1_000
 
 
@@ -108,7 +109,9 @@ def check_route(route: Route) -> None:
 
 def check_breaker(breaker: Breaker) -> None:
     """Raises ValueError, which begins with the key at fault."""
-    at_least(breaker, ("key_refused_ms", "retry_after_ms_max", "open_ms", "open_ms_max", "forget_ms"), 0)
+    at_least(
+        breaker, ("model_missing_ms", "key_refused_ms", "retry_after_ms_max", "open_ms", "open_ms_max", "forget_ms"), 0
+    )
     at_least(breaker, ("consecutive_max", "error_percent", "calls_min"), 1)
     at_least(breaker, ("window_ms", "share_every_ms"), 100)
     if breaker.error_percent > 100:

@@ -20,6 +20,7 @@ from config.settings import Bounds, Secrets, Settings, is_loopback
 from gateway import errors
 from gateway.app import Front, create_app
 from gateway.health import Health
+from gateway.routing import open_breakers, probe_targets
 from gateway.settling import open_settling
 from metering.outbox_watch import OutboxWatch
 from metering.ranks import encoding
@@ -30,11 +31,15 @@ from proxy.admission import Admission
 from proxy.candidates import Route, build_routes
 from proxy.httpx_upstreams import open_pools
 from proxy.live_sessions import LiveSessions
+from proxy.lives import Lives
+from proxy.probes import Probes
 from proxy.relay import StreamRelay
 from proxy.response_cache import ResponseCache, cached_routes
 from proxy.response_cache_relay import CachedRelay
 from proxy.routes import DataPlane
+from proxy.sending import Sender
 from proxy.settlement import Settler
+from proxy.shared_breakers import SharedBreakers
 from proxy.transport import Transport, TransportLimits
 from proxy.upstream import Upstreams
 from proxy.whole_relay import WholeRelay
@@ -52,12 +57,16 @@ class Worker:
 
 
 @asynccontextmanager
-async def open_worker(run: Run, settings: Settings, secrets: Secrets, pepper: bytes) -> AsyncIterator[Worker]:
-    """Open every part. Raises ConfigError, RedisUnavailable, LedgerUnavailable."""
+async def open_worker(
+    run: Run, settings: Settings, secrets: Secrets, pepper: bytes, number: int = 0
+) -> AsyncIterator[Worker]:
+    """Open every part; `number` is this worker's among the instance's. Raises ConfigError, RedisUnavailable,
+    LedgerUnavailable."""
     catalog = catalogs.read(Path(run.catalog_path))
     limits = _limits(settings.bounds)
     pools = open_pools(settings, secrets, run.simulated, limits)
-    routes = build_routes(settings, secrets, catalog, run.simulated, pools)
+    lives = Lives(settings.breaker, (number, run.workers))
+    routes = build_routes(settings, secrets, catalog, run.simulated, (pools, lives))
     for name in {each.encoding for route in routes.values() for each in route.candidates}:
         encoding(name)  # loaded before the first request, not in it
     async with AsyncExitStack() as stack:
@@ -87,12 +96,21 @@ async def open_worker(run: Run, settings: Settings, secrets: Secrets, pepper: by
         outbox = OutboxWatch(redis, settings.metering, live.outbox_changed)
         await outbox.start()
         stack.push_async_callback(outbox.aclose)
+        for places in lives.places.values():
+            stack.push_async_callback(places.aclose)
+            live.ticked.append(places.publish)
+        breakers = await open_breakers(settings, lives, redis)
+        stack.push_async_callback(breakers.aclose)
+        probes = Probes(probe_targets(settings, routes), transport, breakers.changed)
+        probes.start()
+        stack.push_async_callback(probes.aclose)
         settler = Settler(ledger, live, catalog.version, settings.bounds.settle_reply_ms)
         owner = f"{os.getpid()}-{os.urandom(4).hex()}"
         keeper = Keeper(redis, run.database_url, settler.receipts, live.holds, owner)
         keeper.start()
         stack.push_async_callback(keeper.aclose)
-        plane = _plane(settings, routes, catalog.version, (ledger, live, keys, transport), (settler, owner), redis)
+        parts = ledger, live, keys, transport, breakers
+        plane = _plane(settings, routes, catalog.version, parts, (settler, owner), redis)
         stack.push_async_callback(plane.aclose)
         health = Health(redis, run.database_url, live, outbox)
         health.old_server = (await inspect(redis)).old
@@ -105,23 +123,23 @@ def _plane(
     settings: Settings,
     routes: dict[str, Route],
     price_version: str,
-    parts: tuple[RedisLedger, LiveSessions, KeyStore, Transport],
+    parts: tuple[RedisLedger, LiveSessions, KeyStore, Transport, SharedBreakers],
     settling: tuple[Settler, str],
     redis: Redis,
 ) -> DataPlane:
-    ledger, live, keys, transport = parts
+    ledger, live, keys, transport, breakers = parts
     bounds, metering = settings.bounds, settings.metering
-
-    upstreams = Upstreams(transport, bounds, live.confirm)
     settler, owner = settling
+    admission = Admission(ledger, live, routes, price_version, owner, (metering, bounds))
+    sender = Sender(transport, bounds, admission.threads)
+    upstreams = Upstreams(sender, bounds, live.confirm, breakers.changed)
     stream_relay = StreamRelay(upstreams, live, settler, bounds, errors.sse_payload)
     whole_relay = WholeRelay(upstreams, settler, bounds)
-    admission = Admission(ledger, live, routes, price_version, owner, (metering, bounds))
     plane = DataPlane(keys, admission, live, (stream_relay, whole_relay, settler), routes, bounds)
     cached = cached_routes(settings, routes, price_version)
     if cached:
         store = ResponseStore(redis, bounds.cache_total_bytes_max)
-        relays = stream_relay, whole_relay, CachedRelay(settler)
+        relays = stream_relay, whole_relay, CachedRelay(settler, errors.sse_payload)
         plane.cache = ResponseCache(store, live, admission.threads, cached, bounds, relays)
     return plane
 

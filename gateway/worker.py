@@ -51,7 +51,8 @@ async def serve() -> None:
     secrets = settings.read_secrets(config, os.environ)
     pepper = run.load_secret(this_run, os.environ)
     listening = socket.socket(fileno=int(os.environ[LISTEN_FD_ENV]))
-    async with open_worker(this_run, config, secrets, pepper) as worker:
+    number = run.worker_number(os.environ)
+    async with open_worker(this_run, config, secrets, pepper, number) as worker:
         _spare_collections()
         server = _Server(
             uvicorn.Config(

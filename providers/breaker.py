@@ -55,7 +55,8 @@ class BreakerPolicy(msgspec.Struct, frozen=True):
     """When a breaker opens, and for how long. It opens at `consecutive_max` failures in a row, or when at least
     `error_rate` of at least `calls_min` calls within `window_s` failed. The n-th opening in a row lasts
     `open_s` x 2^(n-1), at most `open_s_max`, and up to `jitter` of that longer; openings count as in a row until it
-    has been closed for `forget_s`. A probe that says nothing for `probe_s` no longer takes a place."""
+    has been closed for `forget_s`. A probe that says nothing for `probe_s` no longer takes a place. A refused key or a
+    `Retry-After` whose time is 0 here is a failure like any other."""
 
     consecutive_max: int = 5
     error_rate: float = 0.5
@@ -177,9 +178,9 @@ class Breaker:
         probing = self.state is State.HALF_OPEN
         if probing and not self._hand_back(permit):
             return None
-        if key_refused:
+        if key_refused and self.policy.key_refused_s:
             return self._trip(now, Reason.KEY_REFUSED, self.policy.key_refused_s)
-        told_s = None if not retry_after_s else min(retry_after_s, self.policy.retry_after_s_max)
+        told_s = None if not retry_after_s else min(retry_after_s, self.policy.retry_after_s_max) or None
         if probing or told_s is not None:
             return self._trip(now, Reason.PROBE if probing else Reason.RETRY_AFTER, told_s)
         self._row += 1

@@ -56,6 +56,7 @@ class Mark(Enum):
 
     HEALTHY = "healthy"
     FAILURE = "failure"
+    PAUSE = "a pause, where the provider asked for one"
     KEY_REFUSED = "key refused"
     MISSING = "model missing"
     NOTHING = "nothing"
@@ -81,7 +82,7 @@ FAULTS: dict[Fault, str] = {
     "connect_timeout": "no connection in time",
     "head_timeout": "no response head in time",
     "stall": "no first content, or no further byte, in time",
-    "total_timeout": "the call's whole time is over",
+    "total_timeout": "the attempt's whole time is over",
     "closed": "the connection ended before the response was complete",
     "protocol": "bytes that are no HTTP response",
     "garbage": "a body, content type or redirect that means nothing to us",
@@ -90,7 +91,7 @@ FAULTS: dict[Fault, str] = {
     "overloaded": "503 or 529, or such an error in the stream",
     "rate_limited": "429",
     "key_refused": "401, 402 or 403 of our key, or our quota is spent",
-    "model_missing": "404 or 410: the provider does not have the candidate's model",
+    "model_missing": "404 or 410 that names the candidate's model: the provider does not have it",
     "caller": "any other 4xx",
     "context_length": "the prompt is too long for the model",
     "content_policy": "the provider refuses the content",
@@ -109,7 +110,9 @@ _ROWS: tuple[tuple[tuple[Point, ...], Behaviour, Mark, tuple[Fault, ...]], ...] 
     (_CONTENT, Behaviour.ELSEWHERE, Mark.FAILURE, ("connect", "closed", "server")),
     (_EARLY, Behaviour.ELSEWHERE, Mark.FAILURE, ("truncated", "garbage", "protocol", "connect_timeout")),
     # Asking again at once is what these ask not to do.
-    (_EARLY, Behaviour.ELSEWHERE, Mark.FAILURE, ("rate_limited", "overloaded")),
+    (_EARLY, Behaviour.ELSEWHERE, Mark.FAILURE, ("overloaded",)),
+    # Without a word of how long, one caller's large requests may be what is limited: no sign against the candidate.
+    (_EARLY, Behaviour.ELSEWHERE, Mark.PAUSE, ("rate_limited",)),
     # The same wait again would spend the caller's patience.
     (_EARLY, Behaviour.NEXT, Mark.FAILURE, ("head_timeout", "stall")),
     (_EARLY, Behaviour.NEXT, Mark.KEY_REFUSED, ("key_refused",)),
@@ -125,9 +128,10 @@ _ROWS: tuple[tuple[tuple[Point, ...], Behaviour, Mark, tuple[Fault, ...]], ...] 
         Mark.FAILURE,
         (
             *("connect", "connect_timeout", "head_timeout", "stall", "closed", "protocol", "garbage", "truncated"),
-            *("server", "overloaded", "rate_limited"),
+            *("server", "overloaded"),
         ),
     ),
+    ((Point.AFTER_CONTENT,), Behaviour.CONTINUE, Mark.PAUSE, ("rate_limited",)),
     ((Point.AFTER_CONTENT,), Behaviour.CONTINUE, Mark.KEY_REFUSED, ("key_refused",)),
     ((Point.AFTER_CONTENT,), Behaviour.CONTINUE, Mark.MISSING, ("model_missing",)),
     ((Point.AFTER_CONTENT,), Behaviour.GIVE_UP, Mark.HEALTHY, ("caller", "context_length", "content_policy")),
@@ -181,10 +185,17 @@ class Decision(msgspec.Struct, frozen=True):
     rule: Rule
 
 
-def fault_of(failure: ProviderFailure) -> Fault:
-    """A provider's failure as the table names it: a model that it does not have is our configuration's fault."""
+MISSING_CODES = frozenset(("model_not_found", "model_not_available", "deploymentnotfound", "resourcenotfoundexception"))
+"""What providers call a model that they do not have, in small letters."""
+
+
+def fault_of(failure: ProviderFailure, model: str) -> Fault:
+    """A provider's failure as the table names it. A model that it does not have is our configuration's fault; a 404
+    that does not speak of the candidate's `model` is about something in the request (a file), so the caller's."""
     if failure.kind == "caller" and failure.status in (404, 410):
-        return "model_missing"
+        named = bool(model) and model.lower() in failure.message.lower()
+        if named or (failure.code or "").lower() in MISSING_CODES:
+            return "model_missing"
     return failure.kind
 
 

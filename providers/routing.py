@@ -18,7 +18,7 @@ import msgspec
 
 from providers.breaker import Breaker, State
 from providers.bulkhead import Bulkhead
-from providers.latency import PeakEwma
+from providers.latency import PeakEwma, RecentQuantiles
 
 Strategy = Literal["ordered", "weighted", "least_latency", "cheapest", "least_busy"]
 NOTHING: frozenset[str] = frozenset()
@@ -45,14 +45,20 @@ class Target(msgspec.Struct, frozen=True):
 
 class Live(msgspec.Struct):
     """What a process knows about a candidate now; one object for its lifetime. `waiting` are attempts that have shown
-    no content yet, `in_flight` all attempts; until `missing_until` the provider is believed not to have the model."""
+    no content yet, `in_flight` all attempts; until `missing_until` the provider is believed not to have the model,
+    `missing_s` seconds after it said so.
+    `latency` is that of streams to their first content, `whole_latency` of whole answers to their end; `recent` are the
+    former of late, where a route hedges."""
 
     breaker: Breaker
     latency: PeakEwma
+    whole_latency: PeakEwma
+    recent: RecentQuantiles | None = None
     bulkhead: Bulkhead | None = None
     in_flight: int = 0
     waiting: int = 0
     missing_until: float = 0.0
+    missing_s: float = 60.0
 
 
 class Needs(msgspec.Struct, frozen=True):
@@ -89,7 +95,7 @@ class Preferences(msgspec.Struct, frozen=True):
 
 class Facts(msgspec.Struct):
     """All that an order depends on. `live` is parallel to the candidates, as is `costs` (the caller's estimate for this
-    call in micros; None where unknown). `draw`: a random number of [0, 1)."""
+    call in micros; None where unknown). `draw`: a random number of [0, 1). `whole`: the call is answered whole."""
 
     now: float
     live: Sequence[Live]
@@ -98,6 +104,7 @@ class Facts(msgspec.Struct):
     draw: float = 0.0
     costs: Sequence[int | None] = ()
     sticky_key: bytes | None = None
+    whole: bool = False
 
 
 Reason = Literal[
@@ -223,8 +230,13 @@ def _weighted(left: list[int], candidates: Sequence[Target], facts: Facts) -> li
 
 
 def _least_latency(left: list[int], candidates: Sequence[Target], facts: Facts) -> list[int]:
-    live, now = facts.live, facts.now
-    best = sorted(left, key=lambda index: live[index].latency.load(now, live[index].waiting))
+    now = facts.now
+
+    def load(index: int) -> float:
+        live = facts.live[index]
+        return (live.whole_latency if facts.whole else live.latency).load(now, live.waiting)
+
+    best = sorted(left, key=load)
     return _sticky_first(best, candidates, facts)
 
 

@@ -28,8 +28,9 @@ from metering.prompt import PromptEstimate, estimate_prompt
 from metering.prompt_counts import PromptCounts
 from metering.ranks import encoding
 from metering.redis_ledger import RedisLedger
+from providers.routing import Preferences
 from proxy import telemetry
-from proxy.candidates import Route
+from proxy.candidates import Candidate, Route
 from proxy.errors import (
     AccountBlocked,
     CallError,
@@ -49,9 +50,10 @@ from proxy.idempotency import repeat_error
 from proxy.ids import session_id
 from proxy.live_session import Cached, LiveSession
 from proxy.live_sessions import LiveSessions
+from proxy.plans import MOVING, latest, plan
+from proxy.prepared import PreparedCall
 from proxy.request import ChatRequest
 from proxy.threads import Threads
-from proxy.upstream import PreparedCall
 
 RETRY_WITHIN_S = 0.2
 RETRY_PAUSE_S = 0.02
@@ -59,17 +61,21 @@ GIVE_UP_PAUSE_S = 0.2
 """Between two tries to void a reserve whose answer never came."""
 TAKE_OVERS_MAX = 2
 """How often one call takes an idempotency key over from a void session, when others try the same."""
+CACHE_1H = b'"1h"'
+"""In the body of whoever wants part of its prompt cached for an hour (`cache_control.ttl`)."""
 COUNT_WAIT_S = 5.0
 """How long a call waits for a thread that counts its prompt; then it is estimated by its bytes, on the high side."""
 
 
 class Caller(msgspec.Struct, frozen=True):
-    """Who is calling, as admission needs it. `idempotency` is the hash of the client's idempotency key, "" for none."""
+    """Who is calling, as admission needs it. `idempotency` is the hash of the client's idempotency key, "" for none;
+    `preferences` say which providers the account and the request want."""
 
     account: AccountRef
     key_id: str
     limits: KeyLimits
     idempotency: str = ""
+    preferences: Preferences | None = None
 
 
 class _Size(msgspec.Struct, frozen=True):
@@ -140,7 +146,8 @@ class Admission:
             prompt = self._estimate(caller, route, request, self._bounds.prompt_exact_bytes_max)
         else:
             prompt = await self._estimate_beside(caller, route, request)
-        rates = route.hold_rates(prompt.hold, audio=request.audio)
+        asked = plan(route, request, prompt, caller.preferences, self._clock.monotonic())
+        rates = route.hold_rates(prompt.hold, asked, audio=request.audio, cache_1h=CACHE_1H in request.root.body)
         if request.stream and not route.hidden_reasoning:
             size = self._slice(rates, request, prompt.hold)
         else:
@@ -148,15 +155,19 @@ class Admission:
         if size.want > MICROS_MAX:
             raise InvalidValue("The request could cost more than the gateway can hold.", param="max_tokens")
         asked_ms = self._clock.boot_ms()
-        hold = self._hold(caller, request, route, prompt, size, request_id)
+        hold = self._hold(caller, request, asked[0], prompt, size, request_id)
         reply = await self._ask(hold)
         held = reply if isinstance(reply, Held) else await self._not_held(hold, reply)
+        if route.strategy in MOVING:  # others have begun meanwhile
+            asked = latest(asked, route, request, prompt, caller.preferences, self._clock.monotonic())
         limited = size.output is not None and held.held < size.want
         limit = max(1, rates.output_covered(held.held, prompt.hold) // request.choices) if limited else size.output
         session = self._session(hold, held, request, route, size, asked_ms, request_id)
         session.limited = limited
         session.idempotency = caller.idempotency
-        call = PreparedCall(request, route, prompt.tokens, prompt.kind, limit)
+        continuable = route.policy.continuation and request.stream and request.choices == 1
+        continuable = continuable and not route.hidden_reasoning  # what was thought out of sight cannot be handed on
+        call = PreparedCall(request, route, prompt.tokens, prompt.kind, limit, asked, continuable)
         self._live.add(session)
         return session, call
 
@@ -168,7 +179,8 @@ class Admission:
         route, tokens, micros = self.route(request.model), cached.usage.prompt, cached.micros
         size = _Size(micros, micros, micros, 0, 0)
         asked_ms = self._clock.boot_ms()
-        hold = self._hold(caller, request, route, PromptEstimate(tokens, "counted", tokens), size, request_id)
+        estimate = PromptEstimate(tokens, "counted", tokens)
+        hold = self._hold(caller, request, route.candidates[0], estimate, size, request_id)
         hold = msgspec.structs.replace(hold, prompt_cost=0)  # a sweep charges nothing: nothing was given yet
         reply = await self._ask(hold)
         held = reply if isinstance(reply, Held) else await self._not_held(hold, reply)
@@ -177,7 +189,12 @@ class Admission:
         session.idempotency = caller.idempotency
         self._live.add(session)
         return session, PreparedCall(
-            request=request, route=route, prompt_tokens=tokens, prompt_kind="counted", output_limit=None
+            request=request,
+            route=route,
+            prompt_tokens=tokens,
+            prompt_kind="counted",
+            output_limit=None,
+            plan=route.candidates,
         )
 
     async def _estimate_beside(self, caller: Caller, route: Route, request: ChatRequest) -> PromptEstimate:
@@ -235,13 +252,13 @@ class Admission:
         self,
         caller: Caller,
         request: ChatRequest,
-        route: Route,
+        first: Candidate,
         prompt: PromptEstimate,
         size: _Size,
         request_id: str,
     ) -> HoldRequest:
         metadata = _Metadata(
-            request_id, route.name, request.stream, self._price_version, prompt.tokens, caller.idempotency
+            request_id, request.model, request.stream, self._price_version, prompt.tokens, caller.idempotency
         )
         return HoldRequest(
             session=session_id(),
@@ -249,7 +266,7 @@ class Admission:
             key=caller.key_id,
             want=size.want,
             minimum=min(size.minimum, size.want),
-            prompt_cost=route.prompt_cost(prompt.tokens),
+            prompt_cost=first.prompt_cost(prompt.tokens),
             body_hash=request.body_hash(),
             owner=self._owner,
             price_version=self._price_version,

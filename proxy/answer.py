@@ -30,7 +30,7 @@ def credits_text(micros: int) -> str:
 def usage_json(session: LiveSession, due: Bill, reply: Reply) -> bytes:
     """The usage object for the client: the provider's own where that is what was charged, else our counts; with `cost`,
     the charge in credits."""
-    if due.source == "provider" and session.reported_raw is not None:
+    if due.source == "provider" and session.reported_raw is not None and session.carried is None:
         raw = session.reported_raw
     else:
         usage = due.usage

@@ -127,6 +127,22 @@ class UpstreamKeyRefused(CallError):
     """The provider refused the gateway's own key or account."""
 
 
+class ProviderUnavailable(CallError):
+    """No provider of this model can be called now: they failed or asked for a pause. Retry shortly."""
+
+
+class ProviderBusy(CallError):
+    """The gateway is at its limit of calls to the providers of this model. Retry shortly."""
+
+
+class ProviderNotAllowed(CallError):
+    """No provider of this model is within the account's and the request's preferences."""
+
+
+class ContextLengthExceeded(CallError):
+    """The prompt is too long for every provider of this model."""
+
+
 class LeaseLost(CallError):
     """The gateway lost touch with the credit ledger and ended the stream."""
 

@@ -5,7 +5,10 @@ Must not: decide what is done about it (`providers.retry` does), or repeat a key
 
 from __future__ import annotations
 
+import msgspec
+
 from providers.events import ProviderFailure
+from providers.retry import Fault, fault_of
 from proxy.errors import (
     CallError,
     ProviderError,
@@ -15,10 +18,57 @@ from proxy.errors import (
     UpstreamTruncated,
     UpstreamUnreachable,
 )
-from proxy.transport_errors import ConnectFailed, ExchangeAborted, UpstreamProtocolError, UpstreamTimeout
+from proxy.transport_errors import Bound, ConnectFailed, ExchangeAborted, UpstreamProtocolError, UpstreamTimeout
 
 CODES = {"context_length": "context_length_exceeded", "content_policy": "content_policy_violation"}
 """OpenAI's codes of what a provider refused in its own words, where it names no code."""
+
+
+class AttemptFailed(Exception):
+    """The provider said that the attempt failed."""
+
+    def __init__(self, failure: ProviderFailure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """A failed attempt: its fault as `providers.retry` names it, what the client would be told, how long the provider
+    asked to be left alone, and whether it is the provider's whole account that is refused."""
+
+    fault: Fault
+    error: CallError
+    retry_after_s: float | None = None
+    everywhere: bool = False
+
+
+def failure_of(error: Exception, *, answered: bool, model: str = "") -> Failure:
+    """What an attempt's exception comes to. `answered`: its 2xx had come; `model`: the one that was asked for."""
+    if isinstance(error, AttemptFailed):
+        failure = error.failure
+        return Failure(fault_of(failure, model), failure_error(failure), failure.retry_after_s, failure.status == 401)
+    public = transport_error(error)
+    if isinstance(error, UpstreamTimedOut):  # our own bound of the time to the first content
+        return Failure("stall" if answered else "head_timeout", public)
+    return Failure(_fault(error), public)
+
+
+def _fault(error: Exception) -> Fault:
+    if isinstance(error, UpstreamTimeout):
+        return _BOUNDS[error.bound]
+    if isinstance(error, ConnectFailed):
+        return "connect"
+    if isinstance(error, UpstreamProtocolError):
+        return "protocol"
+    return "garbage" if isinstance(error, UpstreamGarbage) else "closed"
+
+
+_BOUNDS: dict[Bound, Fault] = {
+    "connect": "connect_timeout",
+    "head": "head_timeout",
+    "idle": "stall",
+    "total": "total_timeout",
+}
 
 
 def failure_error(failure: ProviderFailure) -> CallError:

@@ -15,8 +15,11 @@ import msgspec
 from config.price import CompiledPrice
 from metering.ledger import Gone, SessionRef, Settled
 from metering.meter import Meter
-from metering.pricing import TokenUsage
+from metering.pricing import TokenUsage, at_least, cost
+from providers.bulkhead import Ticket
+from providers.routing import Live
 from proxy.client_stream import ClientStream
+from proxy.places import Places
 from proxy.session import ALLOWED, Ending, Phase, may_move
 from proxy.transport import Exchange
 
@@ -40,20 +43,42 @@ CLOCK = Clock()
 
 
 class Attempt(msgspec.Struct):
-    """One try at one provider, as the journal and the client learn of it."""
+    """One try at one provider, as the journal and the client learn of it. `prompt` and `output`: tokens that the
+    provider worked on, `cost` micros that the house owes for them (None: unknown). `live` counts it while it runs, and
+    `waiting` while it has shown no content; `ticket` is its place at the provider."""
 
     provider: str
     model: str
     outcome: str = "running"
     status: int | None = None
     ms: int = 0
+    first_content_ms: int | None = None
     began: float = msgspec.field(default_factory=time.monotonic)
+    prompt: int = 0
+    output: int = 0
+    cost: int | None = None
+    reported: TokenUsage | None = None
+    """What the provider of a continuation says that it worked on: no client is charged by it."""
+    live: Live | None = None
+    waiting: bool = False
+    places: Places | None = None
+    ticket: Ticket | None = None
+    fault: str | None = None
+    """Why its stream broke off, when it has not been closed yet."""
 
     def close(self, outcome: str, status: int | None = None) -> None:
         """The attempt is over; the first outcome stays."""
         if self.outcome == "running":
-            self.outcome = outcome
+            self.outcome = self.fault or outcome
             self.ms = int((time.monotonic() - self.began) * 1000)
+            live, places, ticket = self.live, self.places, self.ticket
+            if live is not None:
+                live.in_flight -= 1
+                if self.waiting:
+                    self.waiting = False
+                    live.waiting -= 1
+            if places is not None and ticket is not None:
+                places.release(ticket, float(self.prompt + self.output))
         if status is not None:
             self.status = status
 
@@ -66,7 +91,16 @@ class Attempt(msgspec.Struct):
             "status": self.status,
             "outcome": self.outcome,
             "ms": ms,
+            "first_content_ms": self.first_content_ms,
+            "prompt": self.prompt,
+            "output": self.output,
+            "cost": self.cost,
         }
+
+
+def added(first: TokenUsage, second: TokenUsage) -> TokenUsage:
+    """The tokens of both."""
+    return TokenUsage(*map(sum, zip(msgspec.structs.astuple(first), msgspec.structs.astuple(second), strict=True)))
 
 
 class Cached(msgspec.Struct, frozen=True):
@@ -94,6 +128,10 @@ class LiveSession(msgspec.Struct, eq=False):
     error: Exception | None = None
     meter: Meter | None = None
     exchange: Exchange | None = None
+    rival: Exchange | None = None
+    """Of a second attempt beside the first."""
+    waking: Callable[[], object] | None = None
+    """Ends a wait between attempts."""
     client: ClientStream | None = None
     checkpoint: asyncio.Future[Any] | None = None
     checkpoint_at: float = msgspec.field(default_factory=time.monotonic)
@@ -126,6 +164,9 @@ class LiveSession(msgspec.Struct, eq=False):
     """The ledger's answer to the settlement, once there is one."""
     idempotency: str = ""
     cached: Cached | None = None
+    carried: TokenUsage | None = None
+    """What attempts had come to whose stream another one continues."""
+    carried_micros: int = 0
     clock: Clock = CLOCK
 
     @property
@@ -148,8 +189,32 @@ class LiveSession(msgspec.Struct, eq=False):
         """What the call has cost so far; never falls. Nothing until the provider confirmed it with a 2xx, or showed
         content where another could still take its place: what is metered stays, and a failed attempt costs nothing."""
         if self.meter is not None and self.phase >= (Phase.CONTENT if self.may_fall_back else Phase.ANSWERED):
-            self.highest_metered = max(self.highest_metered, self.meter.checkpoint())
+            self.highest_metered = max(self.highest_metered, self.carried_micros + self.meter.checkpoint())
         return self.highest_metered
+
+    def carry(self) -> None:
+        """The running attempt's stream is to be continued: what it came to stays, and the next meter begins anew."""
+        meter, price = self.meter, self.price
+        if meter is None or price is None:
+            return
+        usage = meter.counted()
+        self.worked(self.attempts[-1], usage)
+        self.carried_micros += cost(price, usage)
+        self.carried = usage if self.carried is None else added(self.carried, usage)
+        self.highest_metered = max(self.highest_metered, self.carried_micros)
+        self.meter = self.reported_raw = None
+
+    def worked(self, last: Attempt, usage: TokenUsage) -> None:
+        """Note what the provider of an attempt worked on, and what it costs the house. One that goes on with another's
+        text has read that and the prompt anew."""
+        carried = self.carried
+        if carried is not None:
+            read = carried.prompt + carried.output
+            usage = TokenUsage(read, 0, 0, usage.output, usage.reasoning)
+            usage = usage if last.reported is None else at_least(usage, last.reported)
+        last.prompt, last.output = usage.prompt, usage.output
+        if self.cost is not None and (usage.prompt or usage.output):
+            last.cost = cost(self.cost, usage)
 
     def end(self, ending: Ending, error: Exception | None = None) -> None:
         """End the session from outside its own task; the first ending counts. Closes the upstream at once."""
@@ -159,6 +224,10 @@ class LiveSession(msgspec.Struct, eq=False):
         self.error = error
         if self.exchange is not None:
             self.exchange.abort()
+        if self.rival is not None:
+            self.rival.abort()
+        if self.waking is not None:
+            self.waking()
         if self.client is not None and self.client.writing_since is not None and self.task is not None:
             # Its task waits in a write that this client does not take. What waits there must not go out later either:
             # after the fence nothing may reach the client.

@@ -59,6 +59,8 @@ class LiveSessions:
         self._ticking: LiveSession | None = None
         self._lag_told = -math.inf
         self.draining = False
+        self.ticked: list[Callable[[], None]] = []
+        """Called on every tick, to bring figures into metrics."""
         self.shedding: Over | None = None
         """The bound that the outbox is over: no further session may begin."""
         self.bodies = Bodies(bounds.bodies_bytes_max)
@@ -264,6 +266,8 @@ class LiveSessions:
             telemetry.LOOP_LAG.set(max(0.0, lag))
             telemetry.LIVE.set(len(self._sessions))
             telemetry.BODY_BYTES.set(self.bodies.held)
+            for show in self.ticked:
+                show()
             telemetry.publish()
 
     def _lag_alarm(self, lag: float, now: float) -> None:

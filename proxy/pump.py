@@ -14,17 +14,18 @@ import asyncio
 from metering.meter import Meter
 from providers.events import Chunk, Completed, Event, Failed, UsageSeen
 from proxy.client_stream import ClientStream
-from proxy.errors import CallError, InternalError, LeaseLost
-from proxy.failures import failure_error, transport_error
+from proxy.errors import InternalError, LeaseLost
+from proxy.failures import AttemptFailed, Failure, failure_of
 from proxy.live_session import LiveSession
 from proxy.live_sessions import LiveSessions
+from proxy.prepared import SessionEnded
 from proxy.session import Ending
 from proxy.transport import Exchange
 from proxy.transport_errors import TransportError
-from proxy.upstream import Opened, SessionEnded
+from proxy.upstream import Opened
 from proxy.usage import count, report
 
-Over = tuple[Ending, CallError | None]
+Over = tuple[Ending, Failure | None]
 """How a stream ended by itself, and why it failed if it did."""
 
 
@@ -54,8 +55,8 @@ class Pump:
         self._session = session
         self._boot_ms = session.clock.boot_ms
         self._meter = meter
-        self._codec = opened.codec
-        self._exchange = opened.exchange
+        self._codec = opened.sent.codec
+        self._exchange = opened.sent.exchange
         self._client = client
         self._live = live
         self._left: list[Event] = opened.events
@@ -100,7 +101,7 @@ class Pump:
             raise SessionEnded
         if not isinstance(error, TransportError):
             raise error
-        return Ending.UPSTREAM_FAILED, transport_error(error)
+        return Ending.UPSTREAM_FAILED, failure_of(error, answered=True)
 
     # -- the session's task ------------------------------------------------------------------------------------------
 
@@ -121,11 +122,13 @@ class Pump:
                 (out if event.deltas else kept).append(event.payload)
             elif isinstance(event, UsageSeen):
                 report(self._session, event.usage)
+                if self._codec.open_choices:
+                    self._fits()  # what was thought out of sight needs its slices too
             elif isinstance(event, Completed):
                 kept += [self._codec.finish_chunk(choice, "stop") for choice in event.missing_finish]
                 over = _COMPLETED
             elif isinstance(event, Failed):
-                over = Ending.UPSTREAM_FAILED, failure_error(event.failure)
+                over = Ending.UPSTREAM_FAILED, failure_of(AttemptFailed(event.failure), answered=True)
         if over == _COMPLETED:
             self.kept = kept
         else:
@@ -153,7 +156,7 @@ class Pump:
         if self._fits():
             return True
         await self._live.extend(session)
-        if meter.fits(session.held):
+        if meter.fits(session.held - session.carried_micros):
             return True
         meter.take_back()
         return False
@@ -161,12 +164,13 @@ class Pump:
     def _fits(self) -> bool:
         """Whether the hold covers all that is metered. Asks for the next slice when this one is nearly used up."""
         session, fits = self._session, self._meter.fits
+        held = session.held - session.carried_micros
         if not session.exhausted and session.held < session.hold_max:
-            if fits(session.held - session.slice_low_cost):
+            if fits(held - session.slice_low_cost):
                 return True
             if not session.unanswered:  # else the tick asks, and not every chunk
                 self._live.checkpoint(session, min(session.held + session.slice_cost, session.hold_max))
-        return fits(session.held)
+        return fits(session.held - session.carried_micros)
 
     # -- the provider's callback -------------------------------------------------------------------------------------
 
@@ -200,6 +204,8 @@ class Pump:
                     spoken = len(out)
             elif isinstance(event, UsageSeen):
                 report(session, event.usage)
+                if self._codec.open_choices:
+                    self._fits()
             else:
                 self._left = events[at:]
                 if isinstance(event, Completed):

@@ -19,10 +19,11 @@ from proxy.client_stream import ClientStream
 from proxy.errors import CallError, InternalError, OutOfCredit
 from proxy.live_session import LiveSession
 from proxy.live_sessions import LiveSessions
+from proxy.prepared import PreparedCall, SessionEnded
 from proxy.pump import Over, Pump
 from proxy.session import Ending, Phase
 from proxy.settlement import Bill, Settler, charge_told
-from proxy.upstream import Opened, PreparedCall, SessionEnded, Upstreams
+from proxy.upstream import Opened, Upstreams
 
 RenderError = Callable[[CallError], bytes]
 
@@ -51,9 +52,18 @@ class StreamRelay:
         client.silenced = lambda: session.fenced
         try:
             opened = await self._upstreams.open_stream(session, call)
-            pump = Pump(session, _meter(session), opened, client, self._live)
-            ending, failure = await pump.run()
-            return await self._close(session, call, client, opened, pump.kept, (ending, failure))
+            while True:
+                pump = Pump(session, _meter(session), opened, client, self._live)
+                over = await pump.run()
+                if over[1] is None:
+                    sent = opened.sent
+                    sent.candidate.live.breaker.succeeded(sent.permit, session.clock.monotonic())
+                    break
+                further = await self._upstreams.go_on(session, call, opened, over[1])
+                if further is None:
+                    break
+                opened = further
+            return await self._close(session, call, client, opened, pump.kept, over)
         except CallError as error:
             return await self._end(session, call, client, Ending.UPSTREAM_FAILED, error)
         except SessionEnded:
@@ -78,21 +88,20 @@ class StreamRelay:
         ending, failure = over
         if session.ending is not None:
             raise SessionEnded
-        attempt = session.attempts[-1]
-        attempt.close(ending if failure is None else type(failure).__name__)
-        telemetry.count(telemetry.ATTEMPTS, 1, attempt.provider, attempt.outcome)
+        outcome = ending if failure is None else failure.fault
+        telemetry.count(telemetry.ATTEMPTS, 1, opened.sent.attempt.provider, outcome)
         usage_wanted = call.request.usage_wanted
         due, settling = self._settler.begin(session, call, ending)
         settled = await settling
         if ending is Ending.CREDIT_CUT:
-            last += [opened.codec.finish_chunk(choice, "length") for choice in opened.codec.open_choices]
+            last += [opened.sent.codec.finish_chunk(choice, "length") for choice in opened.sent.codec.open_choices]
         if usage_wanted and failure is None:
             members = session_members(session, due, settled)
-            last.append(opened.codec.usage_chunk(usage_json(session, due, settled), members))
+            last.append(opened.sent.codec.usage_chunk(usage_json(session, due, settled), members))
         if ending is Ending.CREDIT_CUT:
             last.append(self._render(_cut_error(session, charge_told(session, due, settled))))
         if failure is not None:
-            last.append(self._render(failure))
+            last.append(self._render(failure.error))
         await _finish(client, last, session, settled)
         return due
 

@@ -15,23 +15,25 @@ from accounts.key_store import KeyStore, Principal
 from config.logs import lines
 from config.settings import Bounds
 from metering.ledger import AccountRef, KeyLimits
-from proxy import telemetry
+from providers.routing import Preferences
+from proxy import route_hint, telemetry
 from proxy.admission import Admission, Caller
 from proxy.answer import credits_text, stream_headers
 from proxy.bodies import BodyShare
 from proxy.candidates import Route
 from proxy.client_stream import ClientConnection, ClientStream
-from proxy.errors import BodyTooLarge, BodyTooSlow, ModelNotFound
+from proxy.errors import BodyTooLarge, BodyTooSlow, CallError, ModelNotFound
 from proxy.idempotency import HEADER, read_key
 from proxy.ids import request_id
 from proxy.live_session import LiveSession
 from proxy.live_sessions import LiveSessions
+from proxy.prepared import PreparedCall, SessionEnded
 from proxy.relay import StreamRelay
 from proxy.request import ChatRequest, read_chat
 from proxy.response_cache import ResponseCache, Turn
+from proxy.route_hint import combined, read_hint
 from proxy.session import Ending
 from proxy.settlement import Bill, Settler
-from proxy.upstream import PreparedCall, SessionEnded
 from proxy.whole_relay import WholeAnswer, WholeRelay
 
 Scope = Mapping[str, Any]
@@ -76,15 +78,17 @@ class DataPlane:
         turn: Turn | None = None
         try:
             request_key = state["request_id"] = request_id()
-            authorization, idempotency_keys, announced = _head(scope)
+            authorization, idempotency_keys, announced, hints = _head(scope)
             principal = await self._principal(authorization)
             state["key"], state["account"] = principal.key_id, principal.account_id
             idempotency = read_key(idempotency_keys)
+            preferences = combined(principal.preferences, read_hint(hints)) if hints or principal.preferences else None
             request = await self._read(await self._body(announced, connection, receive, share))
             state["route"] = request.model if request.model in self._models else None
-            caller = _caller(principal, idempotency)
+            caller = _caller(principal, idempotency, preferences)
             if self.cache is not None:
-                turn = await self.cache.turn(scope["headers"], request, principal.account_id)
+                teller = send, request_key
+                turn = await self.cache.turn(scope["headers"], request, principal.account_id, preferences, teller)
             self._live.admission_begins()
             try:
                 if turn is None:
@@ -118,6 +122,9 @@ class DataPlane:
                 self._settler.abandoned(session, call)
             cached = None if turn is None else turn.result
             _log(state, session, bill, (began, cached), answered=connection.response_started)
+        except CallError as error:
+            if turn is None or not await turn.told(error):
+                raise
         finally:
             if turn is not None:
                 turn.close()
@@ -218,10 +225,10 @@ class DataPlane:
         return {"id": name, "object": "model", "created": self._started, "owned_by": owner}
 
 
-def _caller(principal: Principal, idempotency: str) -> Caller:
+def _caller(principal: Principal, idempotency: str, preferences: Preferences | None) -> Caller:
     account = AccountRef(principal.account_id, principal.shard)
     limits = KeyLimits(principal.requests_per_minute, principal.parallel_sessions)
-    return Caller(account, principal.key_id, limits, idempotency)
+    return Caller(account, principal.key_id, limits, idempotency, preferences)
 
 
 def _whole_headers(session: LiveSession, answer: WholeAnswer) -> list[tuple[bytes, bytes]]:
@@ -233,10 +240,11 @@ def _whole_headers(session: LiveSession, answer: WholeAnswer) -> list[tuple[byte
     ]
 
 
-def _head(scope: Scope) -> tuple[bytes, list[bytes], bytes]:
-    """The first authorization header, all idempotency keys and the announced length, in one pass."""
+def _head(scope: Scope) -> tuple[bytes, list[bytes], bytes, list[bytes]]:
+    """The first authorization header, all idempotency keys, the announced length and all route hints, in one pass."""
     authorization: bytes | None = None
     keys: list[bytes] = []
+    hints: list[bytes] = []
     announced = b""
     for name, value in scope["headers"]:
         if name == b"authorization":
@@ -246,7 +254,9 @@ def _head(scope: Scope) -> tuple[bytes, list[bytes], bytes]:
             keys.append(value)
         elif name == b"content-length":
             announced = value
-    return authorization or b"", keys, announced
+        elif name == route_hint.HEADER:
+            hints.append(value)
+    return authorization or b"", keys, announced, hints
 
 
 def _log(

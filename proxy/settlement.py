@@ -26,10 +26,10 @@ from metering.receipts import Receipts
 from metering.redis_ledger import RedisLedger
 from proxy import telemetry
 from proxy.candidates import Route
-from proxy.live_session import LiveSession
+from proxy.live_session import Attempt, LiveSession, added
 from proxy.live_sessions import LiveSessions
+from proxy.prepared import PreparedCall
 from proxy.session import Charge, Ending, Phase, charge_for
-from proxy.upstream import PreparedCall
 
 RETRY_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 CORRECT_WITHIN_S = 3_600.0
@@ -61,6 +61,8 @@ def bill(session: LiveSession, ending: Ending, prompt_kind: str) -> Bill:
         return Bill(session.cached.usage, "cache", session.cached.micros, outcome, None, ending)
     if charge is Charge.PROMPT and not session.request_sent:
         charge, outcome = Charge.NOTHING, "void"  # the attempt was still connecting: the provider saw nothing
+    if session.carried is not None:
+        return _continued(session, ending, prompt_kind, outcome)
     if charge is Charge.NOTHING or meter is None or price is None:
         return Bill(TokenUsage(0, 0, 0, 0, 0), "counted", 0, outcome, 0, ending)
     if charge is Charge.REPORTED and meter.reported is not None:
@@ -69,7 +71,19 @@ def bill(session: LiveSession, ending: Ending, prompt_kind: str) -> Bill:
         return Bill(meter.reported, "provider", cost(price, meter.reported), outcome, counted, ending)
     usage = meter.counted()
     charged = TokenUsage(usage.prompt, 0, 0, 0, 0) if charge is Charge.PROMPT else usage
-    return Bill(charged, prompt_kind, cost(price, charged), outcome, usage.output, ending)
+    return Bill(charged, prompt_kind, cost(price, charged), outcome, meter.counted_output(), ending)
+
+
+def _continued(session: LiveSession, ending: Ending, prompt_kind: str, outcome: Outcome) -> Bill:
+    """The bill of a stream that several providers wrote: each part at its provider's price, the prompt once."""
+    usage, micros, counted = session.carried or TokenUsage(0, 0, 0, 0, 0), session.carried_micros, 0
+    meter, price = session.meter, session.price
+    if meter is not None and price is not None:
+        last = meter.counted()
+        usage, micros = added(usage, last), micros + cost(price, last)
+        counted = last.output
+    carried = session.carried.output if session.carried is not None else 0
+    return Bill(usage, prompt_kind, micros, outcome, carried + counted, ending)
 
 
 class _Owed(msgspec.Struct):
@@ -239,7 +253,7 @@ class Settler:
         if isinstance(reply, Settled):
             epoch = self._ledger.epoch_of(owed.session.ref.account.shard)
             self.receipts.acknowledged(owed.session.id, epoch, reply.entry, reply.charged, repeated=reply.repeated)
-        else:
+        elif reply is None or not corrects(owed.session, owed.due, reply):
             self.receipts.dropped(owed.session.id)
         if reply is None:
             return
@@ -268,6 +282,7 @@ class Settler:
             except LedgerError as error:
                 said = str(error)
                 break
+        self.receipts.dropped(session.id)
         _corrected(owed, reply, said)
 
     async def _send(self, session: LiveSession, due: Bill, metadata: bytes) -> Settled | Gone:
@@ -297,6 +312,7 @@ class Settler:
     def _metadata(self, session: LiveSession, call: PreparedCall, ending: Ending, due: Bill) -> bytes:
         answered = session.attempts[-1] if session.attempts else None
         if answered is not None:
+            _account(answered, session, due)
             answered.close(ending)
         first, usage = session.first_content_at, due.usage
         metadata = _Metadata(
@@ -318,7 +334,7 @@ class Settler:
             first_content_ms=None if first is None else int((first - session.started_at) * 1000),
             duration_ms=int((time.monotonic() - session.started_at) * 1000),
             price_version=self._price_version,
-            house_cost=_house_cost(session, due),
+            house_cost=_house_cost(session),
             limited=session.limited,
             idempotency=session.idempotency or msgspec.UNSET,
         )
@@ -355,8 +371,23 @@ class _Metadata(msgspec.Struct):
     idempotency: str | msgspec.UnsetType
 
 
-def _house_cost(session: LiveSession, due: Bill) -> int | None:
-    """Micros the house pays for the answering attempt, where its cost is known; nothing for a kept answer."""
+def _account(last: Attempt, session: LiveSession, due: Bill) -> None:
+    """What the last attempt worked on, and its cost to the house, unless that was told when it failed."""
+    meter = session.meter
+    if last.prompt:
+        return
+    if session.carried is None:
+        session.worked(last, due.usage)
+    elif meter is not None and last.status is not None and 200 <= last.status < 300:
+        session.worked(last, meter.counted())
+
+
+def _house_cost(session: LiveSession) -> int | None:
+    """Micros the house pays for all attempts whose cost is known; nothing for a kept answer. None: none is."""
     if session.cached is not None:
         return 0
-    return None if session.cost is None else cost(session.cost, due.usage)
+    total: int | None = None
+    for each in session.attempts:
+        if each.cost is not None:
+            total = each.cost if total is None else total + each.cost
+    return total

@@ -13,9 +13,10 @@ from providers.codec import Answer
 from proxy.answer import Headers, bill_headers, billed_body
 from proxy.errors import CallError, InternalError, LeaseLost
 from proxy.live_session import LiveSession
+from proxy.prepared import PreparedCall, SessionEnded
 from proxy.session import Ending
 from proxy.settlement import Bill, Settler
-from proxy.upstream import PreparedCall, SessionEnded, Upstreams
+from proxy.upstream import Upstreams
 from proxy.usage import CHANNELS, report
 
 

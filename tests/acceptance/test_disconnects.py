@@ -259,7 +259,7 @@ async def test_a_call_that_is_to_finish_is_not_waited_for_beyond_the_providers_b
     assert entry["aborted"]
     assert entry["ended_ms"] - began_ms < 400 * 20
     assert (row["outcome"], row["charged"]) == ("void", 0)
-    assert row["metadata"]["attempts"][-1]["outcome"] == "UpstreamTimedOut"
+    assert row["metadata"]["attempts"][-1]["outcome"] == "head_timeout"
 
 
 @HOW

@@ -27,6 +27,7 @@ from tests.support.native_servers import (
     chat,
     native_server,
     replayed,
+    streamed,
     whole,
 )
 
@@ -43,6 +44,18 @@ async def charged(gateway: Gateway, key: Key, usage: Any, bill: Any, used: Used)
     assert (await gateway.idle(key)).available == GRANTED - used.micros
 
 
+def drawn_by_gemini() -> dict[str, Any]:
+    """A frame of Gemini's that says and draws."""
+    image = {"inlineData": {"mimeType": "image/png", "data": "iVBORw0KGgo="}}
+    counts = {"promptTokenCount": 3, "candidatesTokenCount": 134, "totalTokenCount": 137}
+    drawn = [{"modality": "IMAGE", "tokenCount": 129}]
+    content = {"role": "model", "parts": [{"text": "Here:"}, image]}
+    return {
+        "candidates": [{"content": content, "finishReason": "STOP", "index": 0}],
+        "usageMetadata": {**counts, "candidatesTokensDetails": drawn},
+    }
+
+
 STREAMS: dict[str, tuple[str, bytes, str, str, Used]] = {
     # what -> (provider, stream, text, reasoning, usage)
     "anthropic, cache written and read": (
@@ -50,7 +63,7 @@ STREAMS: dict[str, tuple[str, bytes, str, str, Used]] = {
         replayed("anthropic/cache"),
         "Hi",
         "",
-        Used(1305, 7, cached=1000, written=300),
+        Used(1305, 7, cached=1000, written=300, hour=200),
     ),
     "anthropic, thinking": (
         "claude",
@@ -61,13 +74,20 @@ STREAMS: dict[str, tuple[str, bytes, str, str, Used]] = {
     ),
     "gemini, cached": ("gemini", replayed("gemini/plain"), "Hello \u2028é!", "", Used(9, 3, cached=4)),
     "gemini, thoughts": ("gemini", replayed("gemini/thoughts"), "Ja", "Let me think.", Used(5, 13, reasoning=12)),
+    "gemini, text and an image": (
+        "gemini",
+        streamed(b"data: %b\n\n" % json.dumps(drawn_by_gemini()).encode()),
+        "Here:",
+        "",
+        Used(3, 134, drawn=129),
+    ),
     "vertex": ("vertex", replayed("gemini/plain"), "Hello \u2028é!", "", Used(9, 3, cached=4)),
     "bedrock, cache written and read": (
         "bedrock",
         replayed("bedrock/cached"),
         "Yes.",
         "",
-        Used(135, 2, cached=100, written=30),
+        Used(135, 2, cached=100, written=30, hour=20),
     ),
     "bedrock, reasoning": ("bedrock", replayed("bedrock/reasoning"), "Hi!", "The user greets.", Used(12, 20)),
     "azure": ("azure", replayed("openai/azure"), "a", "", Used(9, 2, cached=3, reasoning=1)),

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.gateway import Gateway, Key
+from tests.support.gateway import ONE_TRY, Gateway, Key
 from tests.support.ports import free_port
 from tests.support.strict_client import Answer, connected, stream_of
 
@@ -27,9 +27,11 @@ api_key_env = "RAW_KEY"
 
 [routes.raw]
 candidates = [{{ provider = "raw", model = "raw" }}]
+{ONE_TRY}
 
 [routes.raw-then-sim]
 candidates = [{{ provider = "raw", model = "raw" }}, {{ provider = "sim", model = "gpt-4o-mini" }}]
+{ONE_TRY}
 
 [prices.raw]
 input = "1"

@@ -40,7 +40,8 @@ from tests.support.redis_server import RedisServer
 ROOT = Path(__file__).resolve().parents[2]
 ACCOUNT = AccountRef("acct", shard_of("acct"))
 MILLION = 1_000_000
-RATES = {"input": 1, "cached_input": 1, "cache_write": 1, "output": 2, "reasoning": 2, "audio_input": 1}
+INPUTS, OUTPUTS = ("input", "cached_input", "cache_write", "audio_input"), ("output", "reasoning", "image_output")
+RATES = {**dict.fromkeys(INPUTS, 1), "cache_write_1h": 4, **dict.fromkeys(OUTPUTS, 2)}
 PRICE = CompiledPrice(
     **{name: rate * MILLION for name, rate in RATES.items()},
     audio_output=20 * MILLION,

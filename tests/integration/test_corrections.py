@@ -25,10 +25,10 @@ from proxy.candidates import Candidate, Route
 from proxy.http_request import Origin
 from proxy.live_session import LiveSession
 from proxy.live_sessions import LiveSessions
+from proxy.prepared import PreparedCall
 from proxy.request import read_chat
 from proxy.session import Ending, Phase
 from proxy.settlement import Settler
-from proxy.upstream import PreparedCall
 from storage.redis_client import RedisClient
 from tests.support.gateway import until
 from tests.support.redis_server import RedisServer
@@ -37,8 +37,9 @@ ACCOUNT = AccountRef("acct", shard_of("acct"))
 GRANTED = 100_000
 ONE = 1_000_000
 PRICE = CompiledPrice(
-    input=ONE, cached_input=ONE, cache_write=ONE, output=ONE, reasoning=ONE, audio_input=ONE, audio_output=ONE
-)
+    input=ONE, cached_input=ONE, cache_write=ONE, cache_write_1h=ONE, output=ONE, reasoning=ONE, audio_input=ONE,
+    audio_output=ONE, image_output=ONE,
+)  # fmt: skip
 
 
 @dataclass

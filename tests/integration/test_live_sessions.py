@@ -30,7 +30,10 @@ from tests.support.gateway import until
 from tests.support.redis_server import RedisServer
 from tests.support.valkey import stand_on
 
-FREE = CompiledPrice(input=0, cached_input=0, cache_write=0, output=0, reasoning=0, audio_input=0, audio_output=0)
+FREE = CompiledPrice(
+    input=0, cached_input=0, cache_write=0, cache_write_1h=0, output=0, reasoning=0, audio_input=0, audio_output=0,
+    image_output=0,
+)  # fmt: skip
 
 
 class Panic(BaseException):

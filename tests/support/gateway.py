@@ -49,6 +49,9 @@ SCRIPTS = tuple(
     name.removeprefix("sim-") for name in models() if name.startswith("sim-") and "+" not in name and ":" not in name
 )
 
+ONE_TRY = "retry = { retries = 0 }"
+"""For routes whose tests look at one attempt and its trouble."""
+
 CONFIG = """
 [server]
 log_level = "info"
@@ -73,6 +76,13 @@ lease_ms = 6000
 sweep_every_ms = 200
 flush_every_ms = 50
 progress_ms = 300
+
+[breaker]  # the scripted troubles come in any order, and many in a row: what breakers do has gateways of its own
+consecutive_max = 1000000
+calls_min = 1000000
+key_refused_ms = 0
+retry_after_ms_max = 0
+model_missing_ms = 0
 
 [embedded]
 simulate = "sim"
@@ -103,6 +113,7 @@ max_output_tokens = 1000
 
 [routes.unreachable]
 candidates = [{ provider = "gone", model = "x" }]
+retry = { retries = 0 }
 
 [routes.falls-back]
 candidates = [
@@ -111,6 +122,7 @@ candidates = [
   { provider = "sim", model = "sim-error-frame:after=0" },
   { provider = "sim", model = "gpt-4o-mini" },
 ]
+retry = { retries = 0 }
 
 [prices.default-price-table]
 input = "1"
@@ -123,7 +135,7 @@ def config_text(more: tuple[str, ...] = ()) -> str:
     names = list(dict.fromkeys([*(f"sim-{name}" for name in SCRIPTS), *more]))
     lines = [CONFIG.split("[prices.default-price-table]")[0]]
     for name in names:
-        lines.append(f'[routes."{name}"]\ncandidates = [{{ provider = "sim", model = "{name}" }}]\n')
+        lines.append(f'[routes."{name}"]\ncandidates = [{{ provider = "sim", model = "{name}" }}]\n{ONE_TRY}\n')
     for name in ["gpt-4o-mini", "real-name", "hidden", "unreachable", "falls-back", *names]:
         lines.append(f'[prices."{name}"]\ninput = "1"\noutput = "1"\n')
     return "\n".join(lines)

@@ -38,7 +38,15 @@ ROUTES = {f"n-{name}": [name] for name in TABLES} | {
     "n-ollama-then-claude": ["ollama", "claude"],
     "n-claude-then-gemini": ["claude", "gemini"],
 }
-PRICE = 'input = "10"\ncached_input = "1"\ncache_write = "20"\noutput = "100"\nreasoning = "1000"\n'
+PRICE = """
+input = "10"
+cached_input = "1"
+cache_write = "20"
+cache_write_1h = "40"
+output = "100"
+reasoning = "1000"
+image_output = "900"
+"""
 
 
 def _tables() -> str:
@@ -69,21 +77,24 @@ TOOLS: Any = [
 
 @dataclass(frozen=True)
 class Used:
-    """Tokens as OpenAI counts them: cached and written ones are among the prompt's, reasoning among the output's."""
+    """Tokens as OpenAI counts them: cached and written ones are among the prompt's, those written for an hour among the
+    written ones, reasoning and images among the output's."""
 
     prompt: int
     output: int
     cached: int = 0
     written: int = 0
     reasoning: int = 0
+    hour: int = 0
+    drawn: int = 0
 
     @property
     def micros(self) -> int:
         """What they cost at `PRICE`."""
-        plain = self.prompt - self.cached - self.written
-        return (
-            plain * 10 + self.cached + self.written * 20 + (self.output - self.reasoning) * 100 + self.reasoning * 1000
-        )
+        given = (self.prompt - self.cached - self.written) * 10 + self.cached
+        written = (self.written - self.hour) * 20 + self.hour * 40
+        said = self.output - self.reasoning - self.drawn
+        return given + written + said * 100 + self.reasoning * 1000 + self.drawn * 900
 
 
 @dataclass
@@ -144,4 +155,6 @@ def counts(usage: Any) -> Used:
         (given and given.cached_tokens) or 0,
         getattr(given, "cache_write_tokens", None) or 0,
         (made and made.reasoning_tokens) or 0,
+        (getattr(given, "cache_write_tokens_details", None) or {}).get("ttl_1h_tokens", 0),
+        getattr(made, "image_tokens", None) or 0,
     )

@@ -39,7 +39,7 @@ TABLE: list[tuple[Fault, Behaviour, Behaviour, Behaviour, Mark]] = [
     ("garbage", ELSE, ELSE, CONT, BAD),
     ("truncated", ELSE, ELSE, CONT, BAD),
     ("overloaded", ELSE, ELSE, CONT, BAD),
-    ("rate_limited", ELSE, ELSE, CONT, BAD),
+    ("rate_limited", ELSE, ELSE, CONT, Mark.PAUSE),
     ("head_timeout", NEXT, NEXT, CONT, BAD),
     ("stall", NEXT, NEXT, CONT, BAD),
     ("key_refused", NEXT, NEXT, CONT, KEY),
@@ -187,4 +187,10 @@ def test_a_retry_after_is_waited_for_in_full_or_not_at_all() -> None:
 def test_a_model_that_the_provider_lacks_is_not_the_callers_fault(status: int) -> None:
     kind: FailureKind = "caller" if status < 500 else "server"
     expected = "model_missing" if status in (404, 410) else kind
-    assert fault_of(ProviderFailure(kind, status, "")) == expected
+    assert fault_of(ProviderFailure(kind, status, "The model `M-1` does not exist."), "m-1") == expected
+    assert fault_of(ProviderFailure(kind, status, "", code="DeploymentNotFound"), "m-1") == expected
+
+
+def test_something_else_that_the_provider_lacks_is_the_callers_fault() -> None:
+    assert fault_of(ProviderFailure("caller", 404, "No such File object: file-abc"), "m-1") == "caller"
+    assert fault_of(ProviderFailure("caller", 404, "Not found."), "") == "caller"

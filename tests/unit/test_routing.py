@@ -38,7 +38,7 @@ STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 def live(count: int = 3) -> list[Live]:
     return [
-        Live(Breaker(BreakerPolicy(consecutive_max=1, open_s=7, jitter=0), lambda: 0.0), PeakEwma(10))
+        Live(Breaker(BreakerPolicy(consecutive_max=1, open_s=7, jitter=0), lambda: 0.0), PeakEwma(10), PeakEwma(10))
         for _ in range(count)
     ]
 

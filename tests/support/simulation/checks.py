@@ -15,7 +15,7 @@ from proxy.session import Ending, Phase
 from tests.support.simulation.links import Socket
 from tests.support.simulation.loop import Violation
 from tests.support.simulation.server import Row
-from tests.support.simulation.witness import cost_of, price_of
+from tests.support.simulation.witness import at_least, cost_of, price_of
 from tests.support.simulation.world import BOUNDS, LIMITS, Begun, Case, World
 
 OURS = (Ending.LEASE_LOST, Ending.SHUTDOWN, Ending.INTERNAL)
@@ -110,11 +110,17 @@ def _case(world: World, case: Case) -> None:
 
 
 def _served(case: Case) -> int:
-    """Micros of the last attempt, if it answered: what a sweep may charge. Those before it have failed."""
-    if case.opened > len(case.sockets) or not case.sockets:
+    """Micros of the last attempt, if it answered: what a sweep may charge. Those before it have failed; but of the last
+    candidate, which is only tried again, the prompt is told as soon as it has answered once."""
+    if not case.sockets:
         return 0
     candidate, socket = case.sockets[-1]
-    return cost_of(candidate.price, case.prompt, socket.texts()) if socket.answered else 0
+    if case.opened == len(case.sockets) and socket.answered:
+        return cost_of(candidate.price, case.prompt, socket.texts())
+    again = candidate is case.route.candidates[-1] and any(
+        each.answered for at, each in case.sockets if at is candidate
+    )
+    return cost_of(candidate.price, case.prompt, {}) if again else 0
 
 
 def _check_told(case: Case, row: Row) -> None:
@@ -160,15 +166,19 @@ def _expected(case: Case, begun: Begun) -> tuple[int, int, set[str]]:
     delivered = case.witness.texts
     least = cost_of(candidate.price, case.prompt, delivered)
     most = cost_of(candidate.price, case.prompt, socket.texts())
+    seen = socket.script.usage or socket.script.early
+    if seen is not None and seen.sane:  # what a provider has reported is the least, and its prompt counts
+        known = [at_least(candidate.price, case.prompt, texts, seen) for texts in (delivered, socket.texts())]
+        least, most = min(least, *known), max(most, *known)
     shown = bool(delivered)
     if ending is Ending.COMPLETED:
         exact = _completed(case, socket)
         return exact, exact, {"completed"}
     if ending is Ending.CREDIT_CUT:
-        return least, least, {"cut"}
+        return least, least if seen is None else most, {"cut"}
     if ending is Ending.UPSTREAM_FAILED:
         if stream and begun.phase is Phase.CONTENT:
-            return least, least, {"error"}
+            return least, least if seen is None else most, {"error"}
         return 0, 0, {"void"}
     if begun.phase is Phase.HELD and not socket.script.completes:
         return 0, 0, {"void"}  # between two attempts: the provider failed, so nothing was made

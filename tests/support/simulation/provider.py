@@ -73,6 +73,8 @@ class Script:
     """Whether all of it, with its end, makes a complete answer."""
     usage: Usage | None
     kind: str
+    early: Usage | None = None
+    """Reported before a failure."""
 
     def texts(self, given: int | None = None) -> dict[Kind, str]:
         """All text in the frames within the first `given` bytes (None: all of them)."""
@@ -198,11 +200,11 @@ def _stream(rng: Random, kind: str, usage_asked: bool, prompt: int) -> Script:
     if broken_at >= 0:
         bad = b'{"error":{"message":"boom","type":"server_error"}}' if kind == "error" else b'{"choices": [oops'
         early = _usage(rng, texts[:broken_at], prompt) if rng.random() < 0.4 else None
-        if early is not None:  # a report before a failure is not what is charged
+        if early is not None:
             response.add(_chunk([], usage=early.json()))
         response.add(SENDS % bad)
         raw, marks = response.raw(last=True)
-        return Script("accept", raw, "keep", len(_SSE_HEAD), True, marks, False, None, kind)
+        return Script("accept", raw, "keep", len(_SSE_HEAD), True, marks, False, None, kind, early)
     usage = _usage(rng, texts, prompt) if usage_asked and rng.random() < 0.8 else None
     finishes = rng.random() < 0.9
     done = not finishes or rng.random() < 0.9

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
@@ -31,12 +32,14 @@ from proxy.exchange import Deadlines, Exchange
 from proxy.http_request import Origin
 from proxy.live_session import LiveSession
 from proxy.live_sessions import LiveSessions
+from proxy.prepared import PreparedCall, SessionEnded
 from proxy.relay import StreamRelay
 from proxy.request import ChatRequest, read_chat
+from proxy.sending import Sender
 from proxy.session import Ending, Phase
 from proxy.settlement import Bill, Settler
 from proxy.transport import Transport, TransportLimits
-from proxy.upstream import PreparedCall, SessionEnded, Upstreams
+from proxy.upstream import Upstreams
 from proxy.whole_relay import WholeRelay
 from tests.support.simulation.links import Client, Socket
 from tests.support.simulation.loop import VirtualLoop
@@ -88,6 +91,8 @@ class Case:
     scripts: list[Script]
     client: Client
     witness: Witness
+    again: Callable[[], Script]
+    """Another script, for an attempt at a candidate that had failed."""
     session: LiveSession | None = None
     call: PreparedCall | None = None
     sockets: list[tuple[Candidate, Socket]] = field(default_factory=list)
@@ -139,12 +144,12 @@ class _Admission(Admission):
         self,
         caller: Caller,
         request: ChatRequest,
-        route: Route,
+        first: Candidate,
         prompt: PromptEstimate,
         size: _Size,
         request_id: str,
     ) -> HoldRequest:
-        hold = super()._hold(caller, request, route, prompt, size, request_id)
+        hold = super()._hold(caller, request, first, prompt, size, request_id)
         return msgspec.structs.replace(hold, session=request_id)
 
 
@@ -171,7 +176,7 @@ class World:
         self.wire.on_lost = self.ledger.forget  # as the Redis client does
         self.live = LiveSessions(self.ledger, METERING, BOUNDS, loop.clock)
         self.transport = _Transport(LIMITS)
-        upstreams = Upstreams(self.transport, BOUNDS, self.live.confirm)
+        upstreams = Upstreams(Sender(self.transport, BOUNDS), BOUNDS, self.live.confirm)
         self.settler = _Settler(self.ledger, self.live, "p1", BOUNDS.settle_reply_ms)
         self.settler.clock = loop
         self._stream_relay = StreamRelay(upstreams, self.live, self.settler, BOUNDS, _render)
@@ -210,20 +215,16 @@ class World:
         self.routes[sid] = route = Route("sim", candidates, 400, False, rng.random() < 0.1)
         request = read_chat(json.dumps(body).encode(), BOUNDS)
         prompt = estimate_prompt(encoding(ENCODING), "sim", request.messages).tokens
-        scripts = [
-            script(
-                rng,
-                stream=stream,
-                usage_asked=wanted or each.upstream.include_usage,
-                trouble=self._trouble,
-                prompt=prompt,
-            )
-            for each in candidates
-        ]
+
+        def again(asked: bool = wanted) -> Script:
+            return script(rng, stream=stream, usage_asked=asked, trouble=self._trouble, prompt=prompt)
+
+        scripts = [again(wanted or each.upstream.include_usage) for each in candidates]
         witness = Witness(loop, self.wire, sid, BOUNDS.settle_reply_ms / 1000, stream=stream)
         client = Client(loop, witness.may_write, BOUNDS.client_write_ms / 1000 + WRITE_GRACE_S)
-        case = Case(number, sid, request, route, prompt, scripts, client, witness)
+        case = Case(number, sid, request, route, prompt, scripts, client, witness, again)
         witness.price = lambda: case.sockets[-1][0].price
+        witness.seen = lambda: case.sockets[-1][1].script.usage or case.sockets[-1][1].script.early
         witness.drained = lambda: self.drain is not None and self.drain.done()
         witness.prompt = prompt
         return case
@@ -233,7 +234,8 @@ class World:
         rates = [rng.choice((300_000, 1_000_000, 1_700_000)) for _ in range(4)]
         price = CompiledPrice(
             input=rates[0], cached_input=rates[0] // 2, cache_write=rates[0], output=rates[1], reasoning=rates[2],
-            audio_input=rates[0], audio_output=rates[1], request=rng.choice((0, 0, 5)),
+            audio_input=rates[0], audio_output=rates[1], cache_write_1h=rates[0], image_output=rates[1],
+            request=rng.choice((0, 0, 5)),
         )  # fmt: skip
         upstream = Upstream(name, "openai", b"/v1", include_usage=rng.random() < 0.7)
         return Candidate(upstream, WIRE, Origin("http", name, 80), "sim", price, None, ENCODING, rng.random() < 0.3)
@@ -297,8 +299,11 @@ class World:
     async def _dial(self, factory: object, host: str) -> tuple[asyncio.Transport, asyncio.Protocol]:
         case, at = self.cases[_case_of(host)], int(host.rpartition("p")[2])
         candidate, planned = case.route.candidates[at], case.scripts[at]
-        if case.sockets and case.sockets[-1][0] is candidate:
-            raise self.loop.violation("a provider was asked twice for one call")
+        before = [each for each, _ in case.sockets if each is candidate]
+        if len(before) > case.route.policy.retries or (before and case.sockets[-1][0] is not candidate):
+            raise self.loop.violation("a provider was asked more often than it may be")
+        if before:  # tried again, it behaves as it likes
+            planned = case.again()
         socket = Socket(self.loop, planned)
         case.sockets.append((candidate, socket))
         dial = Dial(case, candidate, socket, self.loop.create_future())

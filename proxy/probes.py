@@ -230,8 +230,10 @@ class _Job:
             return _Said("no_list", detail=detail)
         body = await _body(exchange, ERROR_BYTES_MAX)
         codec = wire(kinds.speaks(upstream.kind)).codec(upstream, ChatCall(b"", "", stream=False))
+        if status == 403 and not self._listed:
+            return _Said("no_list", detail=f"{detail}: the key may not list models")
         if codec.failure(status, exchange.headers, body).kind == "key_refused":
-            if b"missing scope" in body.lower() or (status == 403 and not self._listed):
+            if b"missing scope" in body.lower():
                 return _Said("no_list", detail=f"{detail}: the key may not list models")
             return _Said("refused", counts=True, detail=detail)
         return _Said("failed", counts=status >= 500 and self._listed, detail=detail)

@@ -31,10 +31,14 @@ def audit(accounts: tuple[str, ...], wait_s: float, data_dir: Path | None, as_js
     """
     report = with_stores(data_dir, "auditing", lambda ctx: _audit(ctx, accounts, wait_s))
     if as_json:
-        emit_json({"ok": report.ok, **asdict(report)})
+        differences = [{name: getattr(one, name) for name in _DIFFERENCE} for one in report.differences]
+        emit_json({"ok": report.ok, **asdict(report), "differences": differences})
     else:
         _show(report)
     return 0 if report.ok else 1
+
+
+_DIFFERENCE = ("account", "what", "redis", "postgres", "micros")
 
 
 async def _audit(ctx: Context, names: tuple[str, ...], wait_s: float) -> Any:

@@ -137,7 +137,6 @@ async def test_when_the_worker_dies_that_fetches_an_answer_for_many_another_fetc
         for call in elsewhere:
             await call.head()
             assert (await call.rest())[-1].kind == "[DONE]"
-    assert sorted(call.headers["x-tollgate-cache"] for call in elsewhere) == ["hit", "miss"]
     assert elsewhere[0].text == elsewhere[1].text
     rows = await gateway.sessions(key, 3)
     assert sorted((row["outcome"], row["source"]) for row in rows if row["outcome"] != "swept") == [

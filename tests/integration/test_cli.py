@@ -229,6 +229,7 @@ def test_the_audit_passes_and_fails_on_one_micro(document: Callable[..., Any], r
         assert report["ok"] is False
         assert {one["account"] for one in report["differences"]} == {account["id"]}
         assert {one["micros"] for one in report["differences"]} == {1}
+        assert all(set(one) == {"account", "what", "redis", "postgres", "micros"} for one in report["differences"])
         code, out, _ = run("audit", "--account", "Audited")
         assert code == 1
         assert account["id"] in out

@@ -16,12 +16,12 @@ from providers.routing import Facts, Live, Preferences, Target, removal
 from proxy.errors import InvalidValue
 from proxy.route_hint import HEADER_BYTES_MAX, combined, read_hint
 
-PROVIDERS, MODELS, TAGS = ("openai", "azure", "groq"), ("gpt-4o", "meta/llama"), ("eu", "no-training")
-NAMES = PROVIDERS + tuple(f"{provider}/{model}" for provider in PROVIDERS for model in MODELS)
+OFFERED, MODELS, TAGS = ("openai", "azure", "groq"), ("gpt-4o", "meta/llama"), ("eu", "no-training")
+NAMES = OFFERED + tuple(f"{provider}/{model}" for provider in OFFERED for model in MODELS)
 LIVE = Live(Breaker(BreakerPolicy(), lambda: 0.0), PeakEwma(10), PeakEwma(10))
 TARGETS = [
     Target(provider, model, tags=frozenset(tags))
-    for provider in PROVIDERS
+    for provider in OFFERED
     for model in MODELS
     for tags in ((), TAGS[:1], TAGS)
 ]

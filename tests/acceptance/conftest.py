@@ -50,8 +50,9 @@ def gateway(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def needed(request: pytest.FixtureRequest) -> tuple[str, dict[str, str]]:
-    """Configuration and variables for all modules of this run."""
-    modules = dict.fromkeys(item.module for item in request.session.items if isinstance(item, pytest.Function))
+    """Configuration and variables for all acceptance modules of this run."""
+    items = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    modules = dict.fromkeys(item.module for item in items if item.module.__name__.startswith(__package__))
     models = dict.fromkeys(model for module in modules for model in getattr(module, "MODELS", ()))
     providers = dict.fromkeys(getattr(module, "PROVIDERS", "") for module in modules)
     config = config_text(tuple(models)) + "".join(providers)

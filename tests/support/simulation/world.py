@@ -176,7 +176,7 @@ class World:
         self.wire.on_lost = self.ledger.forget  # as the Redis client does
         self.live = LiveSessions(self.ledger, METERING, BOUNDS, loop.clock)
         self.transport = _Transport(LIMITS)
-        upstreams = Upstreams(Sender(self.transport, BOUNDS), BOUNDS, self.live.confirm)
+        upstreams = Upstreams(Sender(self.transport, BOUNDS), BOUNDS, self.live.confirm, draw=self._rng.random)
         self.settler = _Settler(self.ledger, self.live, "p1", BOUNDS.settle_reply_ms)
         self.settler.clock = loop
         self._stream_relay = StreamRelay(upstreams, self.live, self.settler, BOUNDS, _render)

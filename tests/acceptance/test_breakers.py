@@ -49,7 +49,7 @@ open_ms_max = {OPEN_S * 1000:.0f}
 key_refused_ms = {REFUSED_S * 1000:.0f}
 share_every_ms = 200
 """
-NAMES = ("brow", "bhalf", "brate", "bpause", "bshared", "bkept", "bspare", "bback")
+NAMES = ("brow", "bhalf", "brate", "bpause", "bshared", "bkept", "bspare", "bback", "bmiss")
 TABLES = "".join(
     (
         *(provider_table(name, PORT) for name in NAMES),
@@ -58,9 +58,10 @@ TABLES = "".join(
         *(route_table(f"{name}-alone", name, lines=(ONCE,)) for name in (*NAMES, "bkey", "blisted")),
         *(
             route_table(f"{name}-spare", name, "bspare", lines=(ONCE,))
-            for name in ("brow", "bpause", "bkey", "blisted")
+            for name in ("brow", "bpause", "bkey", "blisted", "bmiss")
         ),
         route_table("bkey-second", 'bkey, model = "second"', "bspare", lines=(ONCE,)),
+        route_table("bmiss-second", 'bmiss, model = "second"', lines=(ONCE,)),
         route_table("bback-moving", "bback", "bspare", lines=('strategy = "least_busy"', ONCE)),
     )
 )
@@ -166,6 +167,20 @@ async def test_failures_in_a_row_open_a_breaker_and_nobody_asks_the_provider(on:
     await until(lambda: on.shows(1, "tollgate_breaker_open", provider="brow", model="m"))
     assert await on.changes("brow", "open", "consecutive") == 1
     assert on.told("breaker opened", provider="brow", model="m", reason="consecutive", heard=False)
+
+
+async def test_a_model_that_a_provider_does_not_have_is_left_alone(on: Breakers) -> None:
+    missing = on.farm["bmiss"]
+    missing.script = fails(404, message="no such model", code="model_not_found")
+    for attempts in ("2", "1", "1"):
+        answer = await on.ask("bmiss-spare")
+        assert (answer.headers["x-tollgate-provider"], answer.headers["x-tollgate-attempts"]) == ("bspare", attempts)
+    assert missing.count == 1
+    assert (await on.ask("bmiss-second")).status_code == 404  # another model of that provider is still asked
+    answer = await on.ask("bmiss-second")
+    assert error_of(answer) == (503, "provider_unavailable")
+    assert 50 <= int(answer.headers["retry-after"]) <= 60
+    assert missing.count == 2
 
 
 async def test_an_answer_between_failures_keeps_a_breaker_closed_until_half_of_the_calls_failed(on: Breakers) -> None:

@@ -73,8 +73,6 @@ PROVIDERS = "".join(
                 "retry = { retries = 90, attempts_max = 99, deadline_ms = 800, backoff_ms = 60, backoff_ms_max = 60 }",
             ),
         ),
-        route_table("r-missing", 'ra, model = "missing"', "rb", lines=(ONCE,)),
-        route_table("r-missing-alone", 'ra, model = "missing-alone"', lines=(ONCE,)),
         '\n[prices."rin/m"]\ninput = "1"\noutput = "20"\n[prices."rout/m"]\ninput = "20"\noutput = "1"\n',
         '\n[prices."rin/cheap"]\ninput = "1"\noutput = "1"\n[prices."rout/dear"]\ninput = "100"\noutput = "100"\n',
     )
@@ -315,19 +313,6 @@ async def test_features_that_no_candidate_has_together_are_refused_and_cost_noth
     assert error_of(answer) == (400, "unsupported_parameter")
     assert await on.untouched()
     assert (on.farm["ra"].count, on.farm["rb"].count) == (0, 0)
-
-
-async def test_a_model_that_a_provider_does_not_have_is_left_alone(on: Routed) -> None:
-    on.farm["ra"].script = fails(404, message="no such model", code="model_not_found")
-    for attempts in ("2", "1", "1"):
-        answer = await on.call("r-missing")
-        assert (answer.headers["x-tollgate-provider"], answer.headers["x-tollgate-attempts"]) == ("rb", attempts)
-    assert on.farm["ra"].count == 1
-    assert (await on.call("r-missing-alone")).status_code == 404  # another model of that provider is still asked
-    answer = await on.call("r-missing-alone")
-    assert error_of(answer) == (503, "provider_unavailable")
-    assert 50 <= int(answer.headers["retry-after"]) <= 60
-    assert on.farm["ra"].count == 2
 
 
 # -- the hold --------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from accounts import keys
 from accounts.key_lookup import read_record
 from accounts.key_store import CHANNEL, PEPPER_KEY, KeyRecord, decode_record, encode_record, record_key
 from accounts.preferences import RoutingPreferences, from_text
-from storage.database import FAILED, Pool
+from storage.database import FAILED, Connection, Pool
 from storage.redis_client import RedisError
 from storage.redis_open import Redis
 
@@ -86,7 +86,7 @@ class KeyInfo:
     preferences: RoutingPreferences | None = None
 
 
-async def create_account(pool: Pool, name: str) -> Account:
+async def create_account(pool: Pool | Connection, name: str) -> Account:
     """A new account with a minted id. Raises InvalidInput, storage.database.FAILED."""
     account_id = f"acct_{keys.random_base62(16)}"
     row = await pool.fetchrow(

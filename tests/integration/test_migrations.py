@@ -137,5 +137,6 @@ def test_every_table_is_registered() -> None:
     assert set(METADATA.tables) == {
         "account", "api_key", "grant_", "price_version", "session", "entry", "posting", "consumption",
         "shard_cursor", "outbox_dead", "usage_rollup", "correction", "revocation", "adjustment",
-        "receipt", "gateway",
+        "receipt", "gateway", "signing_key",
+        "company", "user_", "refresh_token", "password_reset", "login_failure",
     }  # fmt: skip

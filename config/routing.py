@@ -16,6 +16,7 @@ Strategy = Literal["ordered", "weighted", "least_latency", "cheapest", "least_bu
 Feature = Literal["image", "audio", "file", "video", "tools", "json_schema"]
 FallBackOn = Literal["context_length", "content_policy"]
 CANDIDATES_MAX = 64
+MODEL_CHARS_MAX = 512
 WEIGHT_MAX = 1_000_000
 
 
@@ -88,7 +89,15 @@ def check_route(route: Route) -> None:
         raise ValueError("candidates: name at least one { provider, model }.")
     if len(route.candidates) > CANDIDATES_MAX:
         raise ValueError(f"candidates: more than {CANDIDATES_MAX}.")
+    places: dict[tuple[str, str], int] = {}
     for place, candidate in enumerate(route.candidates):
+        _check_model(place, candidate.model)
+        before = places.setdefault((candidate.provider, candidate.model), place)
+        if before != place:
+            raise ValueError(
+                f"candidates[{place}]: '{candidate.model}' at '{candidate.provider}' is candidates[{before}] already. "
+                "Remove one: weight gives a larger share, retry.retries further tries."
+            )
         if not (math.isfinite(candidate.weight) and 0 <= candidate.weight <= WEIGHT_MAX):
             raise ValueError(f"candidates[{place}].weight: {candidate.weight} is not from 0 to {WEIGHT_MAX}.")
         _in(f"candidates[{place}]", candidate, ("context_tokens",), 1)
@@ -105,6 +114,13 @@ def check_route(route: Route) -> None:
             response_cache.check(route.cache)
         except ValueError as error:
             raise ValueError(f"cache.{error}") from None
+
+
+def _check_model(place: int, model: str) -> None:
+    if not model or len(model) > MODEL_CHARS_MAX or not model.isprintable() or model != model.strip():
+        raise ValueError(
+            f"candidates[{place}].model: not 1-{MODEL_CHARS_MAX} printable characters without blanks around them."
+        )
 
 
 def check_breaker(breaker: Breaker) -> None:

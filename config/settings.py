@@ -15,7 +15,7 @@ from typing import Literal
 
 import msgspec
 
-from config import kinds, providers, proxy_url, routing
+from config import kinds, mistakes, providers, proxy_url, routing
 from config.kinds import is_loopback as is_loopback  # the address of a gateway is asked the same
 from config.prices import Price
 from config.providers import Provider
@@ -25,6 +25,9 @@ from config.tables import Table
 
 SHIPPED = Path(__file__).with_name("tollgate.toml")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}")
+_PROVIDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+-]{0,63}")
+"""Without a slash: preferences, prices and breakers name `provider/model`."""
+_NAME_CHARS_SHOWN = 80
 CALL_MS_WITH_REPLICAS = 500
 """A settlement's call holds a wait of 250 ms for a replica; a shorter bound would take that for silence."""
 
@@ -186,18 +189,9 @@ def load(path: Path) -> Settings:
     try:
         settings = msgspec.convert(raw, Settings)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{path}: {_readable(str(error))}") from None
+        raise ConfigError(f"{path}: {mistakes.told(str(error), raw, Settings)}") from None
     _check(settings, path)
     return settings
-
-
-def _readable(message: str) -> str:
-    """`Expected `int`, got `str` - at `$.server.port`` -> `server.port: expected int, got str`."""
-    text, _, place = message.partition(" - at `$")
-    key = place.strip("`.") or "the file"
-    if "unknown field" in text:
-        return f"{key}: {text[0].lower()}{text[1:]}. Remove it or correct its spelling."
-    return f"{key}: {text[0].lower()}{text[1:]}."
 
 
 def _check(settings: Settings, path: Path) -> None:
@@ -223,15 +217,21 @@ def _check(settings: Settings, path: Path) -> None:
         try:
             routing.check_route(route)
         except ValueError as error:
-            raise ConfigError(f"{path}: routes.{name}.{error}") from None
+            raise ConfigError(f"{path}: routes.{mistakes.shown(name)}.{error}") from None
         for candidate in route.candidates:
             if candidate.provider not in settings.providers:
                 raise ConfigError(
-                    f"{path}: routes.{name}.candidates: provider '{candidate.provider}' has no "
+                    f"{path}: routes.{mistakes.shown(name)}.candidates: provider '{candidate.provider}' has no "
                     f"[providers.{candidate.provider}] table. Add it or correct the name."
                 )
     for name, provider in settings.providers.items():
+        if not _PROVIDER_NAME.fullmatch(name):
+            raise ConfigError(
+                f"{path}: providers.{mistakes.shown(name[:_NAME_CHARS_SHOWN])}: a provider's name is 1-64 of letters, "
+                "digits and ._:@+- (without a slash: preferences and prices name provider/model)."
+            )
         _check_provider(name, provider, path)
+        _check_models(name, provider, settings, path)
     try:
         routing.check_breaker(settings.breaker)
     except ValueError as error:
@@ -247,7 +247,20 @@ def _check_provider(name: str, provider: Provider, path: Path) -> None:
     try:
         providers.check(provider)
     except ValueError as error:
-        raise ConfigError(f"{path}: providers.{name}.{error}") from None
+        raise ConfigError(f"{path}: providers.{mistakes.shown(name)}.{error}") from None
+
+
+def _check_models(name: str, provider: Provider, settings: Settings, path: Path) -> None:
+    """Bounds of a model that no route asks for would bound nothing. OpenAI's own list is not known here."""
+    if name == OPENAI and provider.api_key_env == OPENAI_KEY_ENV:
+        return
+    asked = {each.model for route in settings.routes.values() for each in route.candidates if each.provider == name}
+    for model in provider.models:
+        if model not in asked:
+            raise ConfigError(
+                f'{path}: providers.{mistakes.shown(name)}.models."{model}": no route has a candidate with this '
+                "provider and model. Correct the name or remove it."
+            )
 
 
 class Secrets(msgspec.Struct, frozen=True):

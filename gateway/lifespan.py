@@ -99,7 +99,7 @@ async def open_worker(
         for places in lives.places.values():
             stack.push_async_callback(places.aclose)
             live.ticked.append(places.publish)
-        breakers = await open_breakers(settings, lives, redis)
+        breakers = await open_breakers(settings, lives, redis, routes)
         stack.push_async_callback(breakers.aclose)
         probes = Probes(probe_targets(settings, routes), transport, breakers.changed)
         probes.start()

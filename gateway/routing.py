@@ -6,6 +6,7 @@ Must not: choose among candidates (`proxy.plans` does).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from hashlib import blake2b
 
 from config.settings import Settings
 from proxy.candidates import Candidate, Route
@@ -16,14 +17,23 @@ from storage.breaker_store import BreakerStore
 from storage.redis_open import Redis
 
 
-async def open_breakers(settings: Settings, lives: Lives, redis: Redis) -> SharedBreakers:
-    """The breakers of all candidates, with what others know of them. The caller closes them."""
+async def open_breakers(settings: Settings, lives: Lives, redis: Redis, routes: Mapping[str, Route]) -> SharedBreakers:
+    """The breakers of all candidates, with what others with the same key know of them. The caller closes them."""
     policy, every_s = breaker_policy(settings.breaker), settings.breaker.share_every_ms / 1000
-    breakers = SharedBreakers(BreakerStore(redis), every_s, record_ttl_s(policy))
+    breakers = SharedBreakers(BreakerStore(redis, _marks(routes)), every_s, record_ttl_s(policy))
     for (provider, model), live in lives.known.items():
         breakers.register(f"{provider}/{model}", live.breaker)
     await breakers.start()
     return breakers
+
+
+def _marks(routes: Mapping[str, Route]) -> dict[str, str]:
+    """For each candidate a hash of its provider's key: what was found with an old key says nothing about a new one."""
+    candidates = [each for route in routes.values() for each in route.candidates if each.upstream.key]
+    return {
+        each.target.name: blake2b((each.upstream.key or "").encode(), digest_size=6, person=b"breaker").hexdigest()
+        for each in candidates
+    }
 
 
 def probe_targets(settings: Settings, routes: Mapping[str, Route]) -> list[ProbeTarget]:

@@ -27,8 +27,11 @@ _STATUSES = {
     "overloaded_error": 503,
 }
 """What an error inside a stream would have had for a status (529 is 503 to everybody but Anthropic)."""
-_OUR_ACCOUNT = re.compile(r"credit balance|api usage limits|spend limit|purchase credits", re.IGNORECASE)
-"""A plain invalid_request_error too, but about who pays."""
+_OUR_ACCOUNT = re.compile(
+    r"(?![a-z_]+[.:]).{0,60}(?:credit balance|api usage limits|spend limit|purchase credits)", re.IGNORECASE
+)
+"""A plain invalid_request_error too, but about who pays. One about the request begins with a place in it, and may quote
+it: nobody may have the key taken for refused."""
 _TOO_LONG = re.compile(
     r"prompt is too long|input is too long|exceed(?:s|ed)? (?:the )?context (?:limit|window)", re.IGNORECASE
 )
@@ -65,7 +68,7 @@ def _failure(fields: dict[str, Any], status: int) -> ProviderFailure:
         failure.code, failure.type = "content_policy_violation", "invalid_request_error"
     elif kind == "rate_limited":  # the text names our organization and its limits
         rate_limited(failure)
-    elif status == 404:
+    elif status == 404 and message.startswith("model:"):  # not a file, which the caller named
         failure.code, failure.type = "model_not_found", "invalid_request_error"
     elif status >= 500:
         failure.message = hidden(status)
@@ -74,7 +77,7 @@ def _failure(fields: dict[str, Any], status: int) -> ProviderFailure:
 
 
 def _kind(status: int, message: str) -> FailureKind:
-    if status == 400 and _OUR_ACCOUNT.search(message):
+    if status == 400 and _OUR_ACCOUNT.match(message):
         return "key_refused"
     if status == 400 and _TOO_LONG.search(message):
         return "context_length"

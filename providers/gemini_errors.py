@@ -49,7 +49,10 @@ _SERVERS = (408, 499)
 """No fault of the caller's: 499 is CANCELLED, and it was not us."""
 _KEY_REASONS = ("API_KEY_", "ACCESS_TOKEN_", "CREDENTIALS_MISSING", "BILLING_DISABLED", "SERVICE_DISABLED")
 _DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)s")
-_KEY_TEXT = re.compile(r"api key (?:not (?:valid|found)|expired)|location is not supported", re.IGNORECASE)
+_KEY_TEXT = re.compile(r"api key (?:not (?:valid|found)|expired)|user location is not supported", re.IGNORECASE)
+"""How a text about our key begins. Further on it may quote a request: nobody may have the key taken for refused."""
+_FILE_TEXT = re.compile(r"you do not have permission to access the file\b", re.IGNORECASE)
+"""Google's 403 to the name of a file that does not exist."""
 _TOO_LONG = re.compile(
     r"token count .{0,60}exceeds the maximum number of tokens|token count is .{0,60}only supports"
     r"|exceeds the (?:model's |maximum )?context (?:window|length)",
@@ -110,8 +113,10 @@ def _failure(error: dict[str, Any], status: int) -> ProviderFailure:
     text, details = message_in(error, "message"), _details(error)
     kind = kind_of(status, _SERVERS)
     failure = ProviderFailure(kind, status, text, word(error.get("status")), retry_after_s=_retry_s(details))
-    if status == 400 and (_key_reason(details) or _KEY_TEXT.search(text)):
+    if status == 400 and (_key_reason(details) or _KEY_TEXT.match(text)):
         failure.kind = "key_refused"  # Google answers 400 to a bad key
+    elif status == 403 and _FILE_TEXT.match(text):
+        failure.kind = "caller"
     elif status == 400 and _TOO_LONG.search(text):
         too_long(failure)
     elif status == 429:  # its text names our project and our plan

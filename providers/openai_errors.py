@@ -8,10 +8,16 @@ from __future__ import annotations
 from typing import Any
 
 from providers.events import ProviderFailure
-from providers.failures import WORD_CHARS_MAX, decoded, hidden, kind_of, message_in, retry_after_s
+from providers.failures import WORD_CHARS_MAX, decoded, hidden, kind_of, message_in, rate_limited, retry_after_s
 
 _OUR_FAULT = {"invalid_api_key", "authentication_error", "insufficient_quota"}
 """Our key or our account at the provider is at fault. A caller would read it as its own, which it has here too."""
+_NOT_ALLOWED = "You are not allowed to request "
+"""OpenAI's 403 to a parameter that a model does not take (`logprobs`)."""
+_FLAGGED = "Content violates usage guidelines"
+"""xAI's 403 to a text."""
+_FEWER = "or fewer max_tokens"
+"""OpenRouter's 402 to a call that could cost more than the account has; one that asks for less would be answered."""
 CONTEXT_LENGTH = frozenset(("context_length_exceeded",))
 CONTENT_POLICY = frozenset(("content_filter", "content_policy_violation"))
 """Codes of refusals that are the caller's, but that another model may not share."""
@@ -21,18 +27,27 @@ def failure_from_status(status: int, headers: list[tuple[bytes, bytes]], body: b
     """A provider's answer with a status other than 2xx."""
     failure = failure_from_body(body)
     _judge(failure, status)
-    if status == 403 and failure.kind == "key_refused":
-        _judge_forbidden(failure, _error_object(body))
+    _judge_forbidden(failure, _error_object(body))
     failure.retry_after_s = retry_after_s(headers)
     return failure
 
 
 def _judge_forbidden(failure: ProviderFailure, fields: dict[str, Any]) -> None:
-    """Not every 403 is about our key, and a caller must not be able to have the key taken for refused: OpenRouter flags
-    prompts so, and a firewall before a provider answers with a page of its own."""
+    """Not every 403 is about our key, and a caller must not be able to have the key taken for refused: OpenRouter and
+    xAI flag prompts so, OpenAI refuses `logprobs` of its thinking models, and a firewall before a provider answers with
+    a page of its own. Nor is every 402 final: OpenRouter lends the highest output that a call asks for."""
+    if failure.status == 402 and _FEWER in failure.message:
+        failure.kind, failure.status = "rate_limited", 429
+        rate_limited(failure)
+    if failure.status != 403 or failure.kind != "key_refused":
+        return
     metadata = fields.get("metadata")
     if isinstance(metadata, dict) and ("reasons" in metadata or "flagged_input" in metadata):
         failure.kind, failure.code = "content_policy", failure.code or "content_policy_violation"
+    elif failure.message.startswith(_FLAGGED):  # its text goes on with our team and key
+        failure.kind, failure.code, failure.message = "content_policy", "content_policy_violation", f"{_FLAGGED}."
+    elif failure.message.startswith(_NOT_ALLOWED):
+        failure.kind = "caller"
     elif not fields:
         failure.kind, failure.status, failure.message = "server", 502, hidden(502)
 
@@ -41,6 +56,7 @@ def failure_from_frame(payload: bytes) -> ProviderFailure:
     """An in-band error: `{"error": {...}}`, a bare error object, or a chunk whose finish_reason is "error"."""
     failure = failure_from_body(payload)
     _judge(failure, _status_in(payload) or 502)
+    _judge_forbidden(failure, _error_object(payload))
     return failure
 
 

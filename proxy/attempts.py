@@ -5,6 +5,7 @@ Must not: decide what follows a failure (`providers.retry` does), write to the c
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 from config.settings import Bounds
@@ -26,6 +27,10 @@ from proxy.transport_errors import TransportError
 from proxy.usage import report
 
 ERROR_BODY_BYTES_MAX = 256 * 1024
+TOO_LARGE = ProviderFailure(
+    "caller", 502, "The provider's answer is larger than the gateway accepts.", "server_error", "upstream_invalid"
+)
+"""An answer that is so large because so much was asked for: nobody buys it a second time."""
 
 
 class AttemptOver(Exception):
@@ -62,11 +67,14 @@ class Attempts:
             events = await self._read_to_content(session, sent)
         except (TransportError, CallError, AttemptFailed) as error:
             raise self._failed(session, call, sent, error) from None
+        except asyncio.CancelledError:
+            sent.candidate.live.breaker.abandoned(sent.permit)  # a probe would be waited for
+            raise
         finally:
             if session.exchange is exchange:
                 session.content_due = None
             if attempt.outcome == "running" and session.ending is not None:
-                self._ended(session, sent)
+                self._ended(session, call, sent)
         self._succeeded(session, call, sent)
         return events
 
@@ -81,7 +89,12 @@ class Attempts:
             if isinstance(answer, ProviderFailure):
                 raise AttemptFailed(answer)
         except (TransportError, CallError, AttemptFailed) as error:
-            raise self._failed(session, call, sent, error) from None
+            too_large = isinstance(error, UpstreamGarbage) and sent.attempt.status is not None
+            wanted = AttemptFailed(TOO_LARGE) if too_large and _asks_for_much(call) else error
+            raise self._failed(session, call, sent, wanted) from None
+        except asyncio.CancelledError:
+            sent.candidate.live.breaker.abandoned(sent.permit)
+            raise
         finally:
             session.content_due = None
         if session.ending is None and session.clock.boot_ms() >= session.fence_ms:
@@ -104,11 +117,13 @@ class Attempts:
         """A stream failed after its first content."""
         sent.attempt.fault = failure.fault  # it is closed when it is known what it has used
         self._mark(session, sent, failure, Point.AFTER_CONTENT)
+        _tell(session, sent, failure, Point.AFTER_CONTENT)
 
     def given_up(self, session: LiveSession, call: PreparedCall, sent: Sent, outcome: str) -> None:
         """We ended an attempt ourselves: nothing is said about its provider, and the house pays for it."""
         sent.exchange.release()
-        self._cost(call, sent)
+        _leave(call, sent)
+        self._cost(session, call, sent)
         sent.attempt.close(outcome, sent.exchange.status or None)
         sent.candidate.live.breaker.abandoned(sent.permit)
         telemetry.count(telemetry.ATTEMPTS, 1, sent.attempt.provider, outcome)
@@ -147,7 +162,11 @@ class Attempts:
         await exchange.head()
         if 200 <= exchange.status < 300:
             return
-        body = await self._body(exchange, ERROR_BODY_BYTES_MAX)
+        # Servers quote what they refuse: a long request makes an error long, and no other error of it.
+        try:
+            body = await self._body(exchange, ERROR_BODY_BYTES_MAX, cut=True)
+        except TransportError:
+            body = b""  # the status says enough: who refuses a large request often closes before it was sent
         exchange.release()
         if 300 <= exchange.status < 400:
             raise UpstreamGarbage(f"The provider answered with a redirect (status {exchange.status}).")
@@ -174,19 +193,23 @@ class Attempts:
                     raise AttemptFailed(event.failure)
                 elif isinstance(event, Completed):
                     shown = True
-                elif session.exchange is exchange:
-                    report(session, event.usage)  # it holds for who leaves before the first text, too
+                elif not shown and session.exchange is exchange:
+                    # Who leaves before the first text pays it. What follows text is the pump's, in its order.
+                    report(session, event.usage)
             if shown:
                 return events
             if size > 2 * self._bounds.frame_bytes_max and events:  # one frame may be unfinished
                 return events  # so much that shows nothing is let through rather than gathered
 
-    async def _body(self, exchange: Exchange, bytes_max: int) -> bytes:
+    async def _body(self, exchange: Exchange, bytes_max: int, *, cut: bool = False) -> bytes:
+        """The whole body. Of a longer one so much, where it may be `cut`; else raises UpstreamGarbage."""
         parts, size = [], 0
         while data := await exchange.read():
             parts.append(data)
             size += len(data)
             if size > bytes_max:
+                if cut:
+                    break
                 raise UpstreamGarbage("The provider's answer is larger than the gateway accepts.")
         return b"".join(parts)
 
@@ -198,34 +221,38 @@ class Attempts:
             session.request_sent = exchange.sent
         exchange.release()
         if session.ending is not None:
-            self._ended(session, sent)
+            self._ended(session, call, sent)
             if leads:
                 session.exchange = None
             return SessionEnded()
-        failure = failure_of(error, answered=attempt.status is not None, model=attempt.model)
+        root = call.request.root
+        failure = failure_of(error, answered=attempt.status is not None, model=attempt.model, root=root)
         point = Point.BEFORE_HEADERS if attempt.status is None else Point.BEFORE_CONTENT
-        self._cost(call, sent)
+        self._cost(session, call, sent)
         if not exchange.sent and attempt.places is not None and attempt.ticket is not None:
             attempt.places.cancel(attempt.ticket)  # the provider saw nothing of it
         attempt.close(failure.fault, exchange.status or None)
         self._mark(session, sent, failure, point)
-        _tell(session, sent, failure)
+        telemetry.count(telemetry.ATTEMPTS, 1, attempt.provider, failure.fault)
+        _tell(session, sent, failure, point)
         if leads:
             session.exchange = session.content_due = None  # the next attempt has a time of its own
             if session.phase is not Phase.CONTENT:
                 session.advance(Phase.HELD)
         return AttemptOver(failure, point)
 
-    def _ended(self, session: LiveSession, sent: Sent) -> None:
+    def _ended(self, session: LiveSession, call: PreparedCall, sent: Sent) -> None:
+        _leave(call, sent)
         if session.ending is not None:
             sent.attempt.close(session.ending)
         sent.candidate.live.breaker.abandoned(sent.permit)
 
-    def _cost(self, call: PreparedCall, sent: Sent) -> None:
-        """What a lost attempt costs the house: its prompt, once the provider had begun to answer."""
-        attempt, price = sent.attempt, sent.candidate.cost
+    def _cost(self, session: LiveSession, call: PreparedCall, sent: Sent) -> None:
+        """What a lost attempt costs the house: its prompt, once the provider had begun to answer. One that was to go on
+        with another's text has read that, too."""
+        attempt, price, carried = sent.attempt, sent.candidate.cost, session.carried
         if attempt.status is not None and attempt.prompt == 0:
-            attempt.prompt = call.prompt_tokens
+            attempt.prompt = call.prompt_tokens if carried is None else carried.prompt + carried.output
             attempt.cost = None if price is None else cost(price, TokenUsage(attempt.prompt, 0, 0, 0, 0))
 
     def _mark(self, session: LiveSession, sent: Sent, failure: Failure, point: Point) -> None:
@@ -233,8 +260,10 @@ class Attempts:
         candidate, now = sent.candidate, session.clock.monotonic()
         mark, breaker = RULES[failure.fault, point].mark, candidate.live.breaker
         change: Change | None = None
-        if mark is Mark.NOTHING:
-            breaker.abandoned(sent.permit)
+        if mark is Mark.NOTHING or (failure.share_over and not session.stream):
+            breaker.abandoned(
+                sent.permit
+            )  # a long whole answer looks like none: whoever asks for long ones proves nothing
         elif mark is Mark.PAUSE:
             if failure.retry_after_s is None:
                 breaker.abandoned(sent.permit)
@@ -266,19 +295,40 @@ class Attempts:
                 self._changed(name, change)
 
 
-def _tell(session: LiveSession, sent: Sent, failure: Failure) -> None:
+def _leave(call: PreparedCall, sent: Sent) -> None:
+    """Give back the place of an attempt that we ended ourselves. The provider counts the prompt of one that was sent,
+    whoever pays it."""
     attempt = sent.attempt
-    telemetry.count(telemetry.ATTEMPTS, 1, attempt.provider, failure.fault)
+    if attempt.places is None or attempt.ticket is None:
+        return
+    if sent.exchange.sent:
+        attempt.places.release(attempt.ticket, float(call.prompt_tokens))
+    else:
+        attempt.places.cancel(attempt.ticket)
+
+
+def _tell(session: LiveSession, sent: Sent, failure: Failure, point: Point) -> None:
+    attempt = sent.attempt
     telemetry.log.warning(
         "attempt failed",
         request_id=session.request_id,
         session=session.id,
+        route=session.route,
         provider=attempt.provider,
         model=attempt.model,
-        outcome=attempt.outcome,
+        outcome=failure.fault,
+        when=point.name.lower(),
         status=attempt.status,
-        ms=attempt.ms,
+        ms=int((session.clock.monotonic() - sent.asked_at) * 1000),
+        retry_after_s=failure.retry_after_s,
+        detail=failure.detail or None,
     )
+
+
+def _asks_for_much(call: PreparedCall) -> bool:
+    """Whether a request can make an answer of a model's length larger than any gateway takes."""
+    request = call.request
+    return request.choices > 1 or request.audio or request.root.raw("logprobs") not in (None, b"null", b"false")
 
 
 def _is_stream(exchange: Exchange, types: tuple[bytes, ...]) -> bool:

@@ -85,7 +85,8 @@ def _facts(
     certain = prompt.tokens if prompt.kind == "counted" else prompt.tokens * UNSURE_PERCENT // 100
     asked = (request.limit or ASKED_TOKENS) * request.choices
     picky = any(each.target.features is not None for each in route.candidates)
-    needs = Needs(certain, prompt.tokens + asked, features(request) if picky else frozenset())
+    budget = prompt.tokens + min(asked, route.max_output_tokens)  # as `sending.budget_tokens` takes it
+    needs = Needs(certain, budget, features(request) if picky else frozenset())
     costs: list[int | None] = []
     if route.strategy == "cheapest":
         usage = TokenUsage(prompt.tokens, 0, 0, asked, 0)
@@ -136,7 +137,8 @@ def _refusal(told: Removal) -> CallError:
     if told.reason == "feature":
         return UnsupportedParameter(f"No provider of this model supports what the request needs: {told.detail}.")
     if told.reason in ("preference", "data_policy"):
+        why = told.detail if told.reason == "preference" else f"without the tags {told.detail}"
         return ProviderNotAllowed(
-            f"No provider of this model is within the account's and the request's preferences ({told.detail})."
+            f"No provider of this model is within the account's and the request's preferences ({why})."
         )
     return ProviderUnavailable(retry_after_ms=wait_ms)

@@ -204,9 +204,10 @@ class Sender:
 
 
 def budget_tokens(call: PreparedCall) -> int:
-    """Tokens that a call takes from a budget per minute before it is known what it uses."""
+    """Tokens that a call takes from a budget per minute before it is known what it uses. To ask for output costs
+    nothing, so no more than the route's most for one answer is taken on a caller's word: others wait for the rest."""
     asked = call.output_limit or call.request.limit or ASKED_TOKENS
-    return call.prompt_tokens + asked * call.request.choices
+    return call.prompt_tokens + min(asked * call.request.choices, call.route.max_output_tokens)
 
 
 def _told(codec: Codec, chat: ChatCall, request_id: str) -> UpstreamRequest:

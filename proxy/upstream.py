@@ -152,7 +152,8 @@ class Upstreams:
         )
         decision = decide(failure.fault, point, _policy(call), situation, self._draw(), failure.retry_after_s)
         action = decision.action
-        if going.resumed is not None and _may_go_on(call.route.policy, situation):
+        further = going.resumed is not None and point is not Point.AFTER_CONTENT  # of that the table says enough
+        if further and _may_go_on(call.route.policy, situation):
             action = Action.NEXT  # a refusal to continue is not the caller's fault, and the client is waiting
         if action is Action.GIVE_UP:
             raise going.tell.error

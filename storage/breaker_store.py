@@ -51,14 +51,16 @@ class Calls(Protocol):
 class BreakerStore:
     """The records of all gateways on one Redis. Every method raises RedisError."""
 
-    def __init__(self, redis: Calls) -> None:
+    def __init__(self, redis: Calls, marks: Mapping[str, str] | None = None) -> None:
+        """`marks` tells records of one name apart: whoever has another mark knows nothing of them."""
         self._redis = redis
+        self._marks = marks or {}
 
     async def read(self, names: Sequence[str]) -> list[bytes | None]:
         """Each name's record, None where there is none, in the order of the names."""
         found: list[bytes | None] = []
         for begin in range(0, len(names), BATCH):
-            found += await self._redis.call("MGET", *map(_key, names[begin : begin + BATCH]))
+            found += await self._redis.call("MGET", *map(self._key, names[begin : begin + BATCH]))
         return found
 
     async def raise_to(self, records: Mapping[str, bytes], ttl_ms: int) -> int:
@@ -67,9 +69,9 @@ class BreakerStore:
         rest = iter(records.items())
         done = 0
         while batch := dict(islice(rest, BATCH)):
-            done += await self._redis.call("EVAL", _RAISE, len(batch), *map(_key, batch), ttl_ms, *batch.values())
+            done += await self._redis.call("EVAL", _RAISE, len(batch), *map(self._key, batch), ttl_ms, *batch.values())
         return done
 
-
-def _key(name: str) -> str:
-    return f"br:{{breakers}}:{quote(name, safe='/:@')}"
+    def _key(self, name: str) -> str:
+        mark = self._marks.get(name)
+        return f"br:{{breakers}}:{quote(name, safe='/:@')}" + (f"#{mark}" if mark else "")

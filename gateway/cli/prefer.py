@@ -93,13 +93,20 @@ def warn(unknown: list[str]) -> None:
 
 
 def unknown(settings: Settings, preferences: RoutingPreferences | None) -> list[str]:
-    """What of these preferences the configuration in force does not have: `provider x`, `tag y`."""
-    from config.settings import with_openai
+    """What of these preferences the configuration in force does not have: `provider x`, `model x/y`, `tag z`."""
+    from config.settings import OPENAI, OPENAI_KEY_ENV, with_openai
 
     if preferences is None:
         return []
     providers = with_openai(settings, os.environ).providers
-    names = (*(preferences.allowed or ()), *preferences.excluded, *preferences.preferred)
+    listed = (OPENAI,) if os.environ.get(OPENAI_KEY_ENV) else ()  # it offers models that no route names
+    candidates = {f"{one.provider}/{one.model}" for route in settings.routes.values() for one in route.candidates}
+    missing = []
+    for name in (*(preferences.allowed or ()), *preferences.excluded, *preferences.preferred):
+        provider, slash, _ = name.partition("/")
+        if provider not in providers:
+            missing.append(f"provider {provider}")
+        elif slash and name not in candidates and provider not in listed:
+            missing.append(f"model {name}")
     tags = {tag for provider in providers.values() for tag in provider.tags}
-    missing = [f"provider {name.partition('/')[0]}" for name in names if name.partition("/")[0] not in providers]
     return list(dict.fromkeys((*missing, *(f"tag {tag}" for tag in preferences.tags if tag not in tags))))

@@ -82,14 +82,31 @@ def show(session: str, data_dir: Path | None, as_json: bool) -> None:
 
     found = with_stores(data_dir, "reading the session", work)
     if found is None:
-        raise click.ClickException(f"there is no finished session '{session[:64]}'. See: tollgate sessions list")
+        raise click.ClickException(
+            f"there is no finished session '{session[:64]}'; one that runs is shown once it has ended. "
+            "See: tollgate sessions list"
+        )
     if as_json:
         emit_json(found)
         return
-    names = ("id", "account_id", "state", "route", "prompt_tokens", "output_tokens", "source", "charged", "duration_ms")
-    table("Session", ("field", "value"), [(name, found[name]) for name in names])
+    table("Session", ("field", "value"), _facts(found))
     columns = ("provider", "model", "outcome", "status", "first ms", "ms", "prompt", "output", "house credits")
     table("Attempts", columns, [_attempt(each) for each in found["metadata"].get("attempts", ())], right=columns[4:])
+
+
+def _facts(found: dict[str, Any]) -> list[tuple[str, Any]]:
+    names = (
+        "id", "account_id", "key_id", "state", "route", "prompt_tokens", "output_tokens", "source", "charged",
+        "started_at", "ended_at", "duration_ms",
+    )  # fmt: skip
+    metadata = found["metadata"]
+    cost = metadata.get("house_cost")
+    return [
+        *((name, found[name]) for name in names),
+        ("request_id", metadata.get("request_id")),
+        ("ending", metadata.get("ending")),
+        ("house credits", None if cost is None else format_credits(cost)),
+    ]
 
 
 def _attempt(each: dict[str, Any]) -> tuple[Any, ...]:

@@ -220,6 +220,8 @@ async def test_a_candidate_that_does_not_go_on_is_followed_by_the_next(scene: Sc
     due = row["prompt_tokens"] * 10 + tokens(FIRST) * 100 + tokens(REST) * 700
     assert (row["charged"], row["outcome"]) == (due, "completed")
     assert [each["outcome"] for each in row["metadata"]["attempts"]] == ["closed", fault, "completed"]
+    read = row["metadata"]["attempts"][1]["prompt"]  # by whoever began to answer: the text as well as the prompt
+    assert read == (0 if fault == "caller" else row["prompt_tokens"] + tokens(FIRST))
     assert scene.usage["x_tollgate"]["attempts"] == 3
 
 

@@ -173,6 +173,17 @@ async def test_the_line_of_a_stream_says_how_it_ended(gateway: Gateway, model: s
     assert (line["ending"], row["metadata"]["ending"]) == (ending, ending)
 
 
+async def test_a_stream_that_breaks_after_content_leaves_a_line_with_its_fault(gateway: Gateway, key: Key) -> None:
+    answer = await chat(gateway, key.text, model="sim-cut", stream=True)
+    await logged(gateway, answer.request_id)
+    mine = [line for line in log_lines(gateway) if line.get("request_id") == answer.request_id]
+    (line,) = [each for each in mine if each["event"] == "attempt failed"]
+    assert (line["route"], line["provider"], line["outcome"], line["when"]) == (
+        "sim-cut", "sim", "closed", "after_content",
+    )  # fmt: skip
+    assert (line["status"], line["ms"] >= 0, line["session"]) == (200, True, answer.headers["x-tollgate-session"])
+
+
 async def test_the_log_is_json_but_for_the_one_greeting(gateway: Gateway) -> None:
     await chat(gateway, "x")
     *lines, _ = gateway.log.read_text().split("\n")

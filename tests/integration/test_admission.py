@@ -137,6 +137,20 @@ async def test_without_tiers_a_prompt_of_any_length_has_the_same_rates(
         assert (session.slice_cost, session.slice_low_cost) == (100 * rate, 50 * rate)
 
 
+@pytest.mark.parametrize("hour", ["1h", "\\u0031h", "1\\u0068", "\\u0031\\u0068"])
+async def test_a_cache_for_an_hour_is_held_for_however_json_writes_it(ledger: RedisLedger, hour: str) -> None:
+    live = LiveSessions(ledger, METERING, Bounds())
+    admission = Admission(ledger, live, {"m": route(PRICE)}, "pv", "owner", (METERING, Bounds()))
+    held = []
+    for ttl in ("5m", hour):
+        body = request(metadata={"ttl": "0"}).root.body.replace(b'"0"', f'"{ttl}"'.encode())
+        session, call = await admission.admit(CALLER, read_chat(body, Bounds()), "r")
+        held.append(session.held)
+        await ledger.void(session.ref)
+    await admission.aclose()
+    assert held[1] - held[0] == call.prompt_tokens * (RATES["cache_write_1h"] - RATES["cache_write"])
+
+
 async def test_a_call_that_is_shed_holds_nothing_and_what_runs_is_checkpointed_extended_and_settled(
     ledger: RedisLedger,
 ) -> None:

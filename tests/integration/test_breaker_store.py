@@ -49,6 +49,15 @@ async def test_only_a_greater_record_replaces_what_is_there(store: BreakerStore)
         assert await store.read([NAME]) == [record(there)]
 
 
+async def test_who_has_another_key_of_a_provider_knows_nothing_of_what_was_found_with_the_old_one(
+    redis: RedisClient,
+) -> None:
+    old, new = BreakerStore(redis, {NAME: "0a"}), BreakerStore(redis, {NAME: "0b"})
+    await old.raise_to({NAME: record(7, open=True)}, TTL_MS)
+    assert await new.read([NAME]) == [None]
+    assert await BreakerStore(redis, {NAME: "0a"}).read([NAME]) == [record(7, open=True)]
+
+
 async def test_records_merge_to_the_same_in_any_order(store: BreakerStore) -> None:
     records = [
         record(2, open=True, until_ms=5_000, strikes=1, reason=Reason.PROBE),

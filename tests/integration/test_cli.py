@@ -134,7 +134,7 @@ def test_preferences_of_account_and_key_are_set_shown_and_reach_the_key(
     made = document("keys", "create", "--account", account["id"])
     said = document("accounts", "prefer", "Picky", "--exclude", "mock/x, groq", "--prefer", "mock", "--tag", "eu")
     lists = {"allowed": None, "excluded": ["mock/x", "groq"], "preferred": ["mock"], "tags": ["eu"]}
-    warned = ["provider groq", "tag eu"]
+    warned = ["model mock/x", "provider groq", "tag eu"]
     assert said == {"account_id": account["id"], "preferences": lists, "keys": 1, "unknown": warned}
     assert document("accounts", "show", "Picky")["preferences"] == lists
     narrow = document("keys", "prefer", made["id"], "--allow", "mock")
@@ -155,7 +155,10 @@ def test_preferences_of_account_and_key_are_set_shown_and_reach_the_key(
     assert (code, out.splitlines()[1:]) == (
         0, ["  excluded          mock/x, groq", "  preferred         mock", "  keys that follow  1"],
     )  # fmt: skip
-    assert err == "warning: the configuration has no provider groq; this becomes effective once it has.\n"
+    assert err.splitlines() == [
+        "warning: the configuration has no model mock/x; this becomes effective once it has.",
+        "warning: the configuration has no provider groq; this becomes effective once it has.",
+    ]
     assert document("accounts", "prefer", "Picky", "--clear")["preferences"] is None
     code, out, err = run("keys", "prefer", made["id"], "--clear")
     assert (code, err) == (0, "")
@@ -203,13 +206,14 @@ def test_sessions_are_listed_while_they_run_and_when_the_journal_has_them(
     code, out, err = run("sessions", "show", sid)
     assert (code, err) == (0, "")
     rows = [[cell for cell in map(str.strip, line.split("│")) if cell] for line in out.splitlines()]
+    assert ["request_id", "r1"] in rows
+    assert ["key_id", "key00001"] in rows
     assert [row for row in rows if row[:1] in (["one"], ["two"])] == [
         ["one", "m1", "stall", "200", "-", "900", "5", "0", "0.000007"],
         ["two", "m2", "completed", "200", "30", "80", "5", "3", "-"],
     ]
-    code, out, err = run("sessions", "show", "no-such")
-    assert (code, out) == (1, "")
-    assert "there is no finished session 'no-such'" in err
+    code, _, err = run("sessions", "show", "no-such")
+    assert (code, "there is no finished session 'no-such'" in err) == (1, True)
 
 
 def test_the_audit_passes_and_fails_on_one_micro(document: Callable[..., Any], run: Run, data_dir: Path) -> None:

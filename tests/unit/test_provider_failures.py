@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from providers.codec import ChatCall, Upstream
+from providers.events import ProviderFailure
 from providers.failures import (
     MESSAGE_CHARS_MAX,
     RETRY_S_MAX,
@@ -20,6 +21,8 @@ from providers.failures import (
     word,
 )
 from providers.registry import CODECS, wire
+from proxy.failures import AttemptFailed, failure_of
+from proxy.transport_errors import ConnectFailed, UpstreamProtocolError
 
 DATE = b"Fri, 21 Nov 2025 10:00:00 GMT"
 
@@ -94,3 +97,24 @@ def test_texts_have_bounds_and_odd_ones_are_untold() -> None:
     assert message_in({"message": "", "Message": 5}, "message", "Message") == UNTOLD
     assert (word("x" * 999), word(5), word(None)) == ("x" * 200, None, None)
     assert decoded(json.dumps({"a": 1}).encode()) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("error", "detail"),
+    [
+        (
+            ConnectFailed("cannot connect to a:1: Connection refused", sent=False, phase="connect"),
+            "cannot connect to a:1",
+        ),
+        (UpstreamProtocolError("bad bytes: a prompt", sent=True, phase="head"), ""),
+        (AttemptFailed(ProviderFailure("caller", 400, "a prompt", code="invalid_api_key")), "invalid_api_key"),
+        (AttemptFailed(ProviderFailure("caller", 400, "a prompt", code="a prompt, as a code")), ""),
+        (AttemptFailed(ProviderFailure("caller", 400, "a prompt")), ""),
+    ],
+)
+def test_the_log_is_told_why_in_our_words_or_by_a_code_and_never_in_a_providers_words(
+    error: Exception, detail: str
+) -> None:
+    found = failure_of(error, answered=False).detail
+    assert found.startswith(detail)
+    assert "a prompt" not in found

@@ -168,10 +168,12 @@ class _Echo:
     `feed` returns None while both may be true; then what stands behind the repetition, or everything.
     """
 
-    __slots__ = ("_alive", "_asked", "_complete", "_lead", "_parts", "_stem", "_whole", "found", "size")
+    __slots__ = ("_alive", "_asked", "_begin", "_complete", "_lead", "_parts", "_stem", "_whole", "found", "size")
 
     def __init__(self, stem: str, *, whole: bool = False, asked: bool = False) -> None:
         self._stem = stem
+        self._begin = len(stem) - len(stem.lstrip())
+        """Where all of it begins: white space before a reply is not looked at."""
         self._whole = whole
         self._asked = asked
         self._lead = ""
@@ -213,8 +215,9 @@ class _Echo:
         stem, size = self._stem, len(self._stem)
         near = range(max(0, size - ECHO_CHARS_MAX), size - ECHO_CHARS_MIN + 1)
         starts = [at for at in near if stem[at] == first]
-        if stem[0] == first and 0 not in starts and (self._whole or size >= ECHO_CHARS_MIN):
-            starts.append(0)
+        begin = self._begin
+        if stem[begin] == first and begin not in starts and (self._whole or size >= ECHO_CHARS_MIN):
+            starts.append(begin)
         return starts
 
     def _narrow(self, starts: list[int], text: str) -> None:
@@ -231,7 +234,7 @@ class _Echo:
 
     def _counts(self, start: int) -> bool:
         """Whether text does not go on so by itself, as a row of a table or of zeros does."""
-        if self._asked or (self._whole and start == 0):
+        if self._asked or (self._whole and start == self._begin):
             return True
         repeated = self._stem[start:]
         return not self._stem.endswith(repeated + repeated) and not periodic(repeated)

@@ -187,3 +187,7 @@ def test_the_last_words_are_whole_and_clear() -> None:
     assert anchor_of("x" + family * 8).startswith("\U0001f468")
     twice = f"{STORY}. And {STORY[20:]}"
     assert twice.count(anchor_of(twice)) == 1
+
+
+def test_an_echo_of_a_short_text_that_begins_with_a_blank_is_taken_out() -> None:
+    assert Seam(" red", "prefix").feed(" red north") == " north"

@@ -9,23 +9,25 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from providers.breaker import State
 from proxy.answer import credits_text
 from proxy.errors import LeaseLost
 from proxy.session import Ending
+from tests.support.simulation.cases import Case
+from tests.support.simulation.paths import PATHS
 from tests.support.simulation.runs import batch, never_reached
 from tests.support.simulation.schedule import Schedule, entered
 from tests.support.simulation.server import Row
-from tests.support.simulation.world import Case
 
 PAST_FENCE_S = 10.0
 FIRST, SCHEDULES = 0, 2_000
 
 
-def test_no_schedule_breaks_a_promise_and_every_ending_is_reached() -> None:
-    reached, _, failed = batch(FIRST, SCHEDULES)
-    assert failed == []
-    assert never_reached(reached) == []
-    assert reached.total() > SCHEDULES / 2  # else the schedules are too busy with other things
+def test_no_schedule_breaks_a_promise_and_every_ending_and_path_is_reached() -> None:
+    found = batch(FIRST, SCHEDULES)
+    assert found.failed == []
+    assert found.missing() == []
+    assert found.reached.total() > SCHEDULES / 2  # else the schedules are too busy with other things
 
 
 def test_a_seed_is_the_same_schedule_every_time() -> None:
@@ -34,8 +36,13 @@ def test_a_seed_is_the_same_schedule_every_time() -> None:
     assert len({str(each) for each in first}) > 10
 
 
-def test_all_endings_are_counted_as_missing_when_none_was_reached() -> None:
-    assert never_reached(Counter()) == sorted(set(Ending) - {Ending.CACHED})
+def test_all_endings_and_paths_are_counted_as_missing_when_none_was_reached() -> None:
+    assert never_reached(Counter(), Counter(), PATHS) == sorted(set(Ending) - {Ending.CACHED}) + sorted(PATHS)
+
+
+def test_a_path_that_nothing_took_is_told() -> None:
+    endings = Counter((ending.value, "CONTENT", True) for ending in Ending)
+    assert never_reached(endings, Counter(dict.fromkeys(PATHS, 1) | {"continued": 0}), PATHS) == ["continued"]
 
 
 @contextmanager
@@ -46,7 +53,9 @@ def answering(wanted: Callable[[Case], bool]) -> Iterator[tuple[Schedule, Case]]
         with entered(seed, cases=1, trouble=0.0) as schedule:
             case = schedule.world.cases[0]
             schedule.admit_all()
-            if case.session is None or not wanted(case) or not case.scripts[0].texts():
+            patient = case.route.hedge is None and case.route.policy.deadline_s > PAST_FENCE_S
+            plain = patient and case.first.texts()
+            if case.session is None or not wanted(case) or not plain:
                 schedule.heal()
                 continue
             schedule.dial()
@@ -75,7 +84,7 @@ def answer_checkpoints(schedule: Schedule) -> None:
 
 
 def words(case: Case) -> int:
-    return sum(text.count(" ") for text in case.scripts[0].texts().values())
+    return sum(text.count(" ") for text in case.first.texts().values())
 
 
 def settling(schedule: Schedule) -> bool:
@@ -173,3 +182,48 @@ def test_a_response_begins_once_when_its_client_reads_again_just_as_content_come
         case.sockets[-1][1].give(100_000)
         schedule.loop.settle()
         assert case.client.body.startswith(b": tollgate\n\ndata: ")
+
+
+def test_a_probe_whose_call_is_cancelled_is_handed_back() -> None:
+    for seed in range(20):
+        with entered(seed, cases=1, trouble=0.0) as schedule:
+            case, breaker = schedule.world.cases[0], schedule.world.known[0].live.breaker
+            while breaker.state is State.CLOSED:
+                permit = breaker.try_pass(schedule.loop.time())
+                assert permit is not None
+                breaker.failed(permit, schedule.loop.time())
+            schedule.pass_time(1.0)  # longer than any policy here stays open
+            schedule.admit_all()
+            if case.tried and case.tried[0].at == 0:
+                assert breaker.state is State.HALF_OPEN
+                schedule.dial()
+                schedule.loop.settle()
+                schedule._cancel(case)
+                schedule.loop.settle()
+                assert breaker.blocked_s(schedule.loop.time()) == 0.0
+                schedule.heal()
+                return
+            schedule.heal()
+    raise AssertionError("no seed makes such a call")
+
+
+def test_a_stream_that_fails_by_its_clients_fault_is_not_continued() -> None:
+    tried = 0
+    for seed in range(2_000):
+        with entered(seed, cases=1, trouble=0.5) as schedule:
+            case = schedule.world.cases[0]
+            route = case.route
+            ready = case.first.final and case.first.texts() and route.hedge is None and route.policy.attempts_max > 1
+            if not ready or not route.policy.continuation or len(route.candidates) == 1:
+                continue
+            schedule.admit_all()
+            if case.tried:
+                schedule.dial()
+                schedule.loop.settle()
+                give_all(schedule, case)
+                tried += bool(case.witness.texts)
+                assert len(case.tried) == (1 if case.witness.texts else len(case.tried))
+            schedule.heal()
+            if tried == 3:
+                return
+    raise AssertionError("no seed makes such a call")

@@ -28,7 +28,7 @@ def replay(seed: int) -> int:
             for line in logs:
                 print(f"  log: {line}")
             return 1
-    print(f"seed {seed}: {result.acts} acts, {result.endings}")
+    print(f"seed {seed}: {result.acts} acts, {result.endings}, {dict(result.paths)}")
     return 0
 
 

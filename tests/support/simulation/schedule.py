@@ -6,15 +6,17 @@ has weights of its own, most faults at zero, so that rare combinations come up. 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from random import Random
 
-from tests.support.simulation import checks
+from tests.support.simulation import checks, paths
+from tests.support.simulation.cases import Case
 from tests.support.simulation.loop import Violation, VirtualLoop
 from tests.support.simulation.wire import REFUSALS
-from tests.support.simulation.world import Case, World
+from tests.support.simulation.world import World
 
 ACTS_MAX = 300
 CALM = 0.8
@@ -50,9 +52,11 @@ class Failed(Exception):
 
 @dataclass(frozen=True)
 class Result:
-    """What a schedule reached: (ending, phase, stream) of each settled session, and how many acts it took."""
+    """What a schedule reached: (ending, phase, stream) of each settled session, how often it took each other path, and
+    how many acts it had."""
 
     endings: list[tuple[str, str, bool]]
+    paths: Counter[str]
     acts: int
 
 
@@ -80,6 +84,16 @@ def entered(seed: int, *, cases: int | None = None, trouble: float | None = None
                     task.get_coro().close()
         loop.leave()
         loop.close()
+
+
+def _drawn(names: list[str], weights: list[float], draw: float) -> str:
+    """As `Random.choices` draws one, in a third of its time."""
+    left = draw * sum(weights)
+    for name, weight in zip(names, weights, strict=True):
+        left -= weight
+        if left < 0:
+            return name
+    return max(zip(weights, names, strict=True))[1]
 
 
 class Schedule:
@@ -125,7 +139,7 @@ class Schedule:
         self.heal()
         settled = [(case, begun) for case in world.cases for begun in case.begun]
         endings = [(begun.ending.value, begun.phase.name, case.request.stream) for case, begun in settled]
-        return Result(endings, len(self.acts))
+        return Result(endings, paths.reached(world), len(self.acts))
 
     def admit_all(self) -> None:
         """Every call gets its hold."""
@@ -148,7 +162,7 @@ class Schedule:
             self.acts.append(name)
             self._tick()
             return
-        name = self.rng.choices(names, weights)[0]
+        name = _drawn(names, weights, self.rng.random())
         self.acts.append(name)
         if name in FAULTS:
             self._left[name] -= 1

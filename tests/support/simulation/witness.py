@@ -37,11 +37,13 @@ class Witness:
         self.settling: float | None = None
         self.drained: Callable[[], bool]
         """Whether the worker has stopped waiting for anything."""
-        self.price: Callable[[], CompiledPrice]
-        self.seen: Callable[[], Usage | None]
-        """What the provider may have reported."""
-        self.prompt = 0
+        self.spent: Callable[[], int]
+        """Micros of the prompt and of everything that was delivered, at least."""
         self.texts: dict[Kind, str] = {}
+        self.part: dict[Kind, str] = {}
+        """Of them, what came since another provider was asked to go on."""
+        self.name = ""
+        """The id of the chunks."""
         self.ended = False
         self.done = False
         self._handed = False
@@ -120,20 +122,21 @@ class Witness:
                 if words:
                     key = (choice["index"], thought)
                     self.texts[key] = self.texts.get(key, "") + words
+                    self.part[key] = self.part.get(key, "") + words
+                    self._named(frame["id"])
                     self._covered()
+
+    def _named(self, name: str) -> None:
+        """All chunks of an answer are one stream's."""
+        self.name = self.name or name
+        if name != self.name:
+            raise self._loop.violation(f"a chunk of {name} in the stream {self.name}")
 
     def _covered(self) -> None:
         """Credit is never overdrawn by what was forwarded: the hold that the ledger confirmed covers it."""
-        spent, held = self.delivered_cost(), self._wire.known_held[self._sid]
+        spent, held = self.spent(), self._wire.known_held[self._sid]
         if spent > held:
             raise self._loop.violation(f"forwarded {spent} micros on a hold of {held}")
-
-    def delivered_cost(self) -> int:
-        """Micros of the prompt and of everything that was delivered, at least: a report may say that it was cached."""
-        counted, seen = cost_of(self.price(), self.prompt, self.texts), self.seen()
-        if seen is None or not seen.sane:
-            return counted
-        return min(counted, at_least(self.price(), self.prompt, self.texts, seen))
 
 
 def at_least(price: CompiledPrice, prompt: int, texts: dict[Kind, str], seen: Usage) -> int:

@@ -8,33 +8,29 @@ from __future__ import annotations
 from config.tables import Table
 
 
-class PriceTier(Table, frozen=True):
-    """Prices of every token of a request whose prompt has more than `above` tokens; defaults as in `Price`."""
+class TokenPrices(Table, frozen=True):
+    """Credits per million tokens of each class, as decimal strings; `config.catalog` knows what a missing one is."""
+
+    input: str
+    output: str
+    cached_input: str | None = None
+    cache_write: str | None = None
+    cache_write_1h: str | None = None
+    reasoning: str | None = None
+    audio_input: str | None = None
+    audio_output: str | None = None
+    image_output: str | None = None
+
+
+class PriceTier(TokenPrices, frozen=True, kw_only=True):
+    """Prices of every token of a request whose prompt has more than `above` tokens."""
 
     above: int
-    input: str
-    output: str
-    cached_input: str | None = None
-    cache_write: str | None = None
-    cache_write_1h: str | None = None
-    reasoning: str | None = None
-    audio_input: str | None = None
-    audio_output: str | None = None
-    image_output: str | None = None
 
 
-class Price(Table, frozen=True):
-    """Credits per million tokens as decimal strings; `image`, `second`, `character`, `request` are per unit."""
+class Price(TokenPrices, frozen=True, kw_only=True):
+    """Prices of tokens, and per unit `image`, `second`, `character`, `request`."""
 
-    input: str
-    output: str
-    cached_input: str | None = None
-    cache_write: str | None = None
-    cache_write_1h: str | None = None
-    reasoning: str | None = None
-    audio_input: str | None = None
-    audio_output: str | None = None
-    image_output: str | None = None
     image: str | None = None
     second: str | None = None
     character: str | None = None

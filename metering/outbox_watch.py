@@ -20,6 +20,7 @@ from metering.status import STATUS_KEY, JournalReport, Outbox, Over, decode_repo
 from storage.redis_client import RedisError, RedisReplyError
 from storage.redis_cluster import ClusterClient
 from storage.redis_open import Redis, Server, servers
+from storage.steady_task import SteadyTask
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class OutboxWatch:
         self._every_s = every_s
         self._measure_every_s = measure_every_s
         self._measured_at = -math.inf
-        self._task: asyncio.Task[None] | None = None
+        self._task = SteadyTask(self._run, "outbox: the watch")
         self.over: Over | None = None
         self.report: JournalReport | None = None
         self.readable = False
@@ -60,13 +61,11 @@ class OutboxWatch:
     async def start(self) -> None:
         """Look once, at most for the time of a Redis call or two, then every second until `aclose`."""
         await self.look()
-        self._begin()
+        self._task.start()
 
     async def aclose(self) -> None:
         """Stop looking."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait({self._task})
+        await self._task.aclose()
 
     async def look(self) -> None:
         """Look now and decide."""
@@ -81,16 +80,6 @@ class OutboxWatch:
         if over != self.over:
             self.over = over
             self._on_change(over, seen)
-
-    def _begin(self) -> None:
-        self._task = asyncio.create_task(self._run(), name="outbox watch")
-        self._task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        """A defect must not leave a worker closed, or open, for ever."""
-        if not task.cancelled():
-            log.error("outbox: the watch failed and begins again", exc_info=task.exception())
-            self._begin()
 
     async def _run(self) -> None:
         while True:

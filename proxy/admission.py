@@ -61,10 +61,6 @@ GIVE_UP_PAUSE_S = 0.2
 """Between two tries to void a reserve whose answer never came."""
 TAKE_OVERS_MAX = 2
 """How often one call takes an idempotency key over from a void session, when others try the same."""
-CACHE_1H = b'"1h"'
-"""In the body of whoever wants part of its prompt cached for an hour (`cache_control.ttl`)."""
-ESCAPED_1H = (b'"\\u0031h"', b'"1\\u0068"', b'"\\u0031\\u0068"')
-"""What JSON lets one write for that."""
 COUNT_WAIT_S = 5.0
 """How long a call waits for a thread that counts its prompt; then it is estimated by its bytes, on the high side."""
 
@@ -149,9 +145,7 @@ class Admission:
         else:
             prompt = await self._estimate_beside(caller, route, request)
         asked = plan(route, request, prompt, caller.preferences, self._clock.monotonic())
-        body = request.root.body
-        hour = CACHE_1H in body or (b"\\u00" in body and any(each in body for each in ESCAPED_1H))
-        rates = route.hold_rates(prompt.hold, asked, audio=request.audio, cache_1h=hour)
+        rates = route.hold_rates(prompt.hold, asked, audio=request.audio, cache_1h=request.cache_1h)
         if request.stream and not route.hidden_reasoning:
             size = self._slice(rates, request, prompt.hold)
         else:

@@ -135,7 +135,7 @@ class Attempts:
             session.advance(Phase.ANSWERED)
             self._confirm(session)
         if not session.stream:
-            return  # a whole answer shows no content before its end; the idle and total bounds watch it
+            return  # it shows no content before its end; its share of the deadline, the idle and total bounds watch it
         hidden = call.route.hidden_reasoning
         bound_ms = self._bounds.first_content_hidden_ms if hidden else self._bounds.first_content_ms
         due = session.clock.monotonic() + bound_ms / 1000
@@ -261,9 +261,8 @@ class Attempts:
         mark, breaker = RULES[failure.fault, point].mark, candidate.live.breaker
         change: Change | None = None
         if mark is Mark.NOTHING or (failure.share_over and not session.stream):
-            breaker.abandoned(
-                sent.permit
-            )  # a long whole answer looks like none: whoever asks for long ones proves nothing
+            # A long whole answer looks like none until it is there: whoever asks for long ones proves nothing.
+            breaker.abandoned(sent.permit)
         elif mark is Mark.PAUSE:
             if failure.retry_after_s is None:
                 breaker.abandoned(sent.permit)

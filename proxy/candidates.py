@@ -122,6 +122,9 @@ class Route:
         return hold_rates((each.price for each in plan), prompt_tokens, audio=audio, cache_1h=cache_1h)
 
 
+Siblings = tuple[tuple[str, Live], ...]
+
+
 class _Made(NamedTuple):
     """A provider, once for all its candidates."""
 
@@ -160,9 +163,12 @@ def build_routes(
     for entry in catalog.routes.values():
         for each in entry.candidates:
             lives.of(each.provider, each.model)
+    siblings = {name: lives.named(name) for name in made}
     routes = {}
     for name, entry in catalog.routes.items():
-        candidates = tuple(_candidate(settings, made[each.provider], each, (pools, lives)) for each in entry.candidates)
+        candidates = tuple(
+            _candidate(settings, made[each.provider], each, (pools, lives, siblings)) for each in entry.candidates
+        )
         table = settings.routes.get(name)
         routes[name] = _route(name, candidates, entry, (table, settings.bounds))
     return routes
@@ -236,9 +242,9 @@ def _candidate(
     settings: Settings,
     made: _Made,
     entry: PricedCandidate,
-    ways: tuple[Mapping[str, Pool], Lives],
+    ways: tuple[Mapping[str, Pool], Lives, Mapping[str, Siblings]],
 ) -> Candidate:
-    pools, lives = ways
+    pools, lives, siblings = ways
     features = None if entry.features is None else frozenset(entry.features)
     return Candidate(
         upstream=made.upstream,
@@ -262,9 +268,5 @@ def _candidate(
         ),
         live=lives.of(entry.provider, entry.model),
         places=made.places,
-        siblings=tuple(
-            (f"{provider}/{model}", live)
-            for (provider, model), live in lives.known.items()
-            if provider == entry.provider
-        ),
+        siblings=siblings[entry.provider],
     )

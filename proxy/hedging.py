@@ -51,7 +51,7 @@ class Hedger:
         """The attempt that showed content first, and its events up to it; `going` is at its place. Raises AttemptOver
         when both failed (the later one's), SessionEnded."""
         hedge, others = call.route.hedge, len(call.plan) - going.place - 1
-        if len(session.attempts) >= call.route.policy.attempts_max:
+        if len(session.attempts) >= call.policy.attempts_max:
             others = 0
         wait_s = None if hedge is None or not others else delay_s(hedge, first.candidate, first.asked_at)
         if wait_s is None:

@@ -50,3 +50,7 @@ class Lives:
                 missing_s=self._missing_s,
             )
         return live
+
+    def named(self, provider: str) -> tuple[tuple[str, Live], ...]:
+        """All of a provider's, by name."""
+        return tuple((f"{name}/{model}", live) for (name, model), live in self.known.items() if name == provider)

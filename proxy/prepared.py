@@ -8,6 +8,7 @@ from __future__ import annotations
 import msgspec
 
 from metering.prompt import PromptKind
+from providers.retry import RetryPolicy
 from proxy.candidates import Candidate, Route
 from proxy.request import ChatRequest
 
@@ -28,3 +29,8 @@ class PreparedCall(msgspec.Struct, frozen=True):
     output_limit: int | None
     plan: tuple[Candidate, ...]
     continuable: bool = False
+
+    @property
+    def policy(self) -> RetryPolicy:
+        """How often, and until when, it is tried."""
+        return self.route.policy if self.request.stream else self.route.whole_policy

@@ -21,6 +21,10 @@ from proxy.errors import InvalidBody, InvalidValue, UnsupportedParameter
 CHOICES_MAX = 128
 OUTPUT_TOKENS_MAX = 2**31 - 1
 _REFUSED = ("api_base", "base_url", "api_key", "extra_headers", "extra_body")
+CACHE_1H = b'"1h"'
+"""In the body of whoever wants part of its prompt cached for an hour (`cache_control.ttl`)."""
+ESCAPED_1H = (b'"\\u0031h"', b'"1\\u0068"', b'"\\u0031\\u0068"')
+"""What JSON lets one write for that."""
 _OWN_OUTPUT_MAX = (
     (re.compile(r"(?:ft:)?gpt-(?:3\.5|4-turbo|4-.*preview)"), 4_096),
     (re.compile(r"(?:ft:)?gpt-4(?:-0314|-0613)?(?:$|:)"), 8_192),
@@ -53,7 +57,7 @@ _decode = msgspec.json.Decoder(_Wire).decode
 
 class ChatRequest(msgspec.Struct):
     """A checked request. `limits` are the output limits given, by field, in tokens per choice; `audio` says that some
-    of its tokens may be priced as audio."""
+    of its tokens may be priced as audio, `cache_1h` that some may be written to a cache for an hour."""
 
     root: RootObject
     model: str
@@ -66,6 +70,7 @@ class ChatRequest(msgspec.Struct):
     usage_wanted: bool
     choices: int
     limits: Mapping[str, int]
+    cache_1h: bool = False
     _hash: str = ""
 
     @property
@@ -179,6 +184,7 @@ def _checked(root: RootObject, wire: _Wire, bounds: Bounds) -> ChatRequest:
         usage_wanted=bool(options is not None and options.include_usage),
         choices=choices,
         limits=limits,
+        cache_1h=CACHE_1H in root.body or (b"\\u00" in root.body and any(each in root.body for each in ESCAPED_1H)),
     )
 
 

@@ -105,7 +105,7 @@ class Sender:
         if permit is None:
             wait_ms = int(live.breaker.blocked_s(now) * 1000) + 1
             raise NotSent(Failure("breaker_open", ProviderUnavailable(retry_after_ms=wait_ms)))
-        attempt = Attempt(candidate.target.provider or candidate.upstream.name, candidate.model, live=live)
+        attempt = Attempt(candidate.upstream.name, candidate.model, live=live)
         if candidate.places is not None:
             try:
                 attempt.ticket = await self._place(session, call, candidate, candidate.places, going)
@@ -180,8 +180,7 @@ class Sender:
             return ticket
         if going.place + 1 < len(call.plan):
             raise NotSent(Failure("busy", ProviderBusy(retry_after_ms=BUSY_RETRY_MS)))
-        policy = call.route.policy if call.request.stream else call.route.whole_policy
-        left_s = policy.deadline_s - (session.clock.monotonic() - going.began)
+        left_s = call.policy.deadline_s - (session.clock.monotonic() - going.began)
         waiting = places.begin_wait(candidate.model, tokens, max(0.0, left_s))
         if isinstance(waiting, Refusal):
             raise NotSent(Failure("busy", ProviderBusy(retry_after_ms=int(waiting.retry_after_s * 1000) + 1)))

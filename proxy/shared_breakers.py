@@ -23,6 +23,7 @@ from providers.breaker_record import Reason, Record, decode, encode
 from proxy.telemetry import log
 from storage.breaker_store import BreakerStore
 from storage.redis_connection import RedisError
+from storage.steady_task import SteadyTask
 
 RETRY_S = 1.0
 """After a failed try, at the latest; sooner where looks are more frequent."""
@@ -87,7 +88,7 @@ class SharedBreakers:
         self._dirty: set[str] = set()
         self._woken = asyncio.Event()
         self._away = False
-        self._task: asyncio.Task[None] | None = None
+        self._task = SteadyTask(self._run, "sharing breakers")
 
     def register(self, name: str, breaker: Breaker) -> None:
         """Share this breaker under `provider/model`. Raises ValueError for a second one of that name."""
@@ -111,14 +112,11 @@ class SharedBreakers:
     async def start(self) -> None:
         """Look once, at most for the time of a Redis call or two, then go on until `aclose`."""
         await self.look()
-        self._begin()
+        self._task.start()
 
     async def aclose(self) -> None:
         """Stop; what nobody knows yet is published first, if Redis answers."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait({self._task})
-            self._task = None
+        await self._task.aclose()
         await self._publish()
 
     async def look(self) -> bool:
@@ -162,16 +160,6 @@ class SharedBreakers:
         # What changed meanwhile stays to be published, as does everything when this is cancelled.
         self._dirty -= {name for name, record in records.items() if self._shared[name].breaker.record() == record}
         return True
-
-    def _begin(self) -> None:
-        self._task = asyncio.create_task(self._run(), name="shared breakers")
-        self._task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        """A defect here must not cut a worker off from the others for ever."""
-        if not task.cancelled():
-            log.error("sharing breakers failed and begins again", exc_info=task.exception())
-            self._begin()
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()

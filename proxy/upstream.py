@@ -129,7 +129,7 @@ class Upstreams:
         sent = await self._sender.send(session, call, call.plan[going.place], going)
         self._sender.lead(session, call, sent, resumed=going.resumed is not None)
         if others:
-            left_s = max(0.0, _policy(call).deadline_s - (sent.asked_at - going.began))
+            left_s = max(0.0, call.policy.deadline_s - (sent.asked_at - going.began))
             session.content_due = sent.asked_at + left_s / (others + 1)  # those behind it have their share too
         return sent
 
@@ -150,10 +150,10 @@ class Upstreams:
             elapsed_s=session.clock.monotonic() - going.began,
             continuable=going.resumed is not None,
         )
-        decision = decide(failure.fault, point, _policy(call), situation, self._draw(), failure.retry_after_s)
+        decision = decide(failure.fault, point, call.policy, situation, self._draw(), failure.retry_after_s)
         action = decision.action
         further = going.resumed is not None and point is not Point.AFTER_CONTENT  # of that the table says enough
-        if further and _may_go_on(call.route.policy, situation):
+        if further and _may_go_on(call.policy, situation):
             action = Action.NEXT  # a refusal to continue is not the caller's fault, and the client is waiting
         if action is Action.GIVE_UP:
             raise going.tell.error
@@ -185,10 +185,6 @@ def _tell_continued(session: LiveSession, call: PreparedCall, broken: Sent, furt
         outcome=broken.attempt.outcome,
         by=further.attempt.provider,
     )
-
-
-def _policy(call: PreparedCall) -> RetryPolicy:
-    return call.route.policy if call.request.stream else call.route.whole_policy
 
 
 def _weightier(last: Failure | None, failure: Failure) -> Failure:

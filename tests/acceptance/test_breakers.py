@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
 import httpx2
-import psutil
 import pytest
 
 from tests.support.gateway import Gateway, running, until
@@ -130,20 +131,17 @@ async def lines(gateway: Gateway) -> AsyncIterator[list[list[httpx2.AsyncClient]
     assert len(pids) == 2
     async with contextlib.AsyncExitStack() as stack:
         found: dict[int, list[httpx2.AsyncClient]] = {pid: [] for pid in pids}
-        for _ in range(20):
-            ports: dict[int, httpx2.AsyncClient] = {}
-            for _ in range(2 * LINES):
-                one = httpx2.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=60)
-                client = httpx2.AsyncClient(verify=False, base_url=gateway.url, timeout=30, limits=one)
-                await stack.enter_async_context(client)
-                answer = await client.get("/health/live")
-                ports[answer.extensions["network_stream"].get_extra_info("client_addr")[1]] = client
-            for each in psutil.net_connections("tcp4"):
-                if each.raddr and each.raddr[1] in ports and each.pid in found:
-                    found[each.pid].append(ports[each.raddr[1]])
-            if all(len(clients) >= LINES for clients in found.values()):
-                break
-        assert all(len(clients) >= LINES for clients in found.values())
+        for pid, other in zip(pids, reversed(pids), strict=True):
+            os.kill(other, signal.SIGSTOP)  # both accept on one socket: so it is known who does
+            try:
+                for _ in range(LINES):
+                    one = httpx2.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=60)
+                    client = httpx2.AsyncClient(verify=False, base_url=gateway.url, timeout=30, limits=one)
+                    await stack.enter_async_context(client)
+                    assert (await client.get("/health/live")).status_code == 200
+                    found[pid].append(client)
+            finally:
+                os.kill(other, signal.SIGCONT)
         yield list(found.values())
 
 
